@@ -1,0 +1,55 @@
+# One target for each thing a contributor does. `make help` lists them.
+
+SHELL       := /bin/bash
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS     := -s -w -X main.version=$(VERSION)
+GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+TESTTIMEOUT ?= 15m
+# What the tests and the demo run, and the Debian packages that have it.
+TOOLS    := iptables-nft-restore iptables-legacy-restore ip6tables-nft-restore ip6tables-legacy-restore ipset ip nsenter
+PACKAGES := iptables ipset iproute2 util-linux
+
+# sbin is not in every user's PATH, and that is where iptables and ipset are.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.DEFAULT_GOAL := build
+.PHONY: build test lint demo tools clean help
+
+build: ## build bin/postern (the CNI plugin) and bin/policyd (the daemon), static
+	$(GOBUILD) -o bin/postern ./plugin
+	$(GOBUILD) -o bin/policyd ./policyd
+
+test: tools ## unit tests, and kernel tests in namespaces of their own: root, or an ordinary user; nft and legacy
+	go test -count=1 -timeout $(TESTTIMEOUT) ./...
+	go -C e2e test -count=1 -timeout $(TESTTIMEOUT) ./...
+
+lint: ## vet, staticcheck, formatting, import directions, package comments
+	@unformatted=$$(gofmt -l pkg plugin policyd e2e); \
+	if [ -n "$$unformatted" ]; then echo "not formatted (run gofmt -w):" $$unformatted; exit 1; fi
+	go vet ./...
+	go -C e2e vet ./...
+	go -C e2e/libcni112 vet ./...
+	go tool staticcheck ./...
+	go test -count=1 ./pkg
+
+demo: tools ## root: a node made of namespaces, eight pods, every kind of policy, who reaches whom
+	@if [ "$$(id -u)" != 0 ]; then echo "make demo: needs root, for a network namespace of its own: sudo make demo"; exit 1; fi
+	@$(MAKE) --no-print-directory build
+	@$(subst go build,go -C e2e build,$(GOBUILD)) -o ../bin/demo ./demo
+	@bin/demo --bin bin
+
+tools: ## see that iptables (both backends), ipset and iproute2 are there; as root on Debian or Ubuntu, install them
+	@missing=; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "missing:$$missing; installing $(PACKAGES)"; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(PACKAGES); \
+	else \
+		echo "missing:$$missing. Install these packages (Debian's names): $(PACKAGES)"; exit 1; \
+	fi
+
+clean: ## remove what the other targets built
+	rm -rf bin
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

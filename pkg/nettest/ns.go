@@ -102,6 +102,9 @@ func (ns *NS) Do(t testing.TB, fn func()) {
 	}
 }
 
+// Enter runs fn in the namespace as [NS.Do] does, for callers outside of a test's own goroutine, which may not end the test.
+func Enter(ns *NS, fn func()) error { return ns.do(func() error { fn(); return nil }) }
+
 func (ns *NS) do(fn func() error) error {
 	return elsewhere(func() error {
 		fd, err := unix.Open(ns.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)

@@ -301,3 +301,6 @@ func (p *Pod) Manifest(labels map[string]string) string {
 	return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata:\n  name: %s\n  namespace: %s\n  uid: %q\n  labels: %s\nspec: {}\n---\n",
 		p.Name, p.Namespace, p.UID, text)
 }
+
+// Backend is the iptables backend of the node's programs: "nft" or "legacy".
+func (n *Node) Backend() string { return n.opts.Backend }

@@ -1,0 +1,9 @@
+package main
+
+import (
+	"testing"
+
+	"github.com/postern-cni/postern/pkg/nettest"
+)
+
+func TestMain(m *testing.M) { nettest.Main(m) }

@@ -29,7 +29,7 @@ func readEnvironment(c *Config, env Environment, p *problems) {
 		c.NetNS = env.NetNS
 	}
 	readArgs(c, env.Args, p)
-	if env.Command == "ADD" && c.Policy == attachment.PolicyEnforce && c.Pod.Name == "" && len(p.list) == 0 {
+	if env.Command == "ADD" && c.Policy == attachment.PolicyEnforce && !strings.Contains(env.Args, "K8S_POD_NAME=") {
 		p.env("CNI_ARGS", env.Args,
 			`K8S_POD_NAMESPACE and K8S_POD_NAME are needed to guard the pod; without Kubernetes, set "policy": "none"`)
 	}
@@ -98,8 +98,7 @@ func isDNSName(s string, maxLen int) bool {
 		return false
 	}
 	for label := range strings.SplitSeq(s, ".") {
-		if label == "" || label[0] == '-' || label[len(label)-1] == '-' ||
-			strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+		if label == "" || label[0] == '-' || label[len(label)-1] == '-' {
 			return false
 		}
 		for _, r := range label {

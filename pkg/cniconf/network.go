@@ -68,9 +68,8 @@ func readVersion(c *Config, o object) {
 	supported := SupportedVersions()
 	allowed := "one of " + strings.Join(supported, ", ") + " is allowed"
 	v, ok := get[string](o, "cniVersion", allowed)
-	if raw, present := o.value("cniVersion"); !ok && present {
-		_ = raw // get has noted it
-		return
+	if _, present := o.value("cniVersion"); present && !ok {
+		return // get has noted it
 	}
 	if !slices.Contains(supported, v) {
 		o.p.add(types.ErrIncompatibleCNIVersion, "cniVersion", show(v), allowed)
@@ -217,12 +216,15 @@ func readRange(o object) (r ipam.Range, ok bool) {
 		o.bad("subnet", nil, prefixAllowed)
 	}
 	r.Subnet = subnet.Masked()
-	for key, to := range map[string]*netip.Addr{"rangeStart": &r.Start, "rangeEnd": &r.End, "gateway": &r.Gateway} {
-		a, given := address(o, key)
+	for _, part := range []struct {
+		key string
+		to  *netip.Addr
+	}{{"rangeStart", &r.Start}, {"rangeEnd", &r.End}, {"gateway", &r.Gateway}} {
+		a, given := address(o, part.key)
 		if given && found && !r.Subnet.Contains(a) {
-			o.bad(key, a.String(), fmt.Sprintf("an address of %s is allowed", r.Subnet))
+			o.bad(part.key, a.String(), fmt.Sprintf("an address of %s is allowed", r.Subnet))
 		}
-		*to = a
+		*part.to = a
 	}
 	const excludeAllowed = "a list of addresses and prefixes of the subnet is allowed"
 	texts, _ := get[[]string](o, "exclude", excludeAllowed)
@@ -328,16 +330,8 @@ func readPortMappings(o object) []attachment.PortMapping {
 
 func readPortMapping(o object) (m attachment.PortMapping, ok bool) {
 	before := len(o.p.list)
-	const portAllowed = "1 to 65535 is allowed"
-	for key, to := range map[string]*uint16{"hostPort": &m.HostPort, "containerPort": &m.ContainerPort} {
-		n, given := get[int](o, key, portAllowed)
-		if _, present := o.value(key); !present {
-			o.bad(key, nil, portAllowed)
-		} else if given && (n < 1 || n > 65535) {
-			o.bad(key, n, portAllowed)
-		}
-		*to = uint16(n)
-	}
+	m.HostPort = portNumber(o, "hostPort")
+	m.ContainerPort = portNumber(o, "containerPort")
 	const protocolAllowed = "tcp, udp or sctp is allowed"
 	protocol, given := get[string](o, "protocol", protocolAllowed)
 	switch m.Protocol = strings.ToLower(protocol); {
@@ -348,6 +342,18 @@ func readPortMapping(o object) (m attachment.PortMapping, ok bool) {
 	}
 	m.HostIP, _ = address(o, "hostIP")
 	return m, len(o.p.list) == before
+}
+
+// portNumber reads a port that must be there.
+func portNumber(o object, key string) uint16 {
+	const allowed = "1 to 65535 is allowed"
+	n, ok := get[int](o, key, allowed)
+	if _, present := o.value(key); !present {
+		o.bad(key, nil, allowed)
+	} else if ok && (n < 1 || n > 65535) {
+		o.bad(key, n, allowed)
+	}
+	return uint16(n)
 }
 
 func readPrevResult(c *Config, o object) {

@@ -16,7 +16,7 @@ type problems struct {
 	list []string
 }
 
-// add notes that key has a value that is not allowed. The first code that is not 7 (and not 4) is kept in the order 6, 1, 7, 4.
+// add notes that key has a value that is not allowed. Of several codes the gravest stays, see [rank].
 func (p *problems) add(code uint, key, value, allowed string) {
 	const longest = 120 // bytes of a value in a message
 	if len(value) > longest {

@@ -11,6 +11,7 @@
 //	resting/<address>               an address that waits in some range's queue
 //	ranges/<range>                  a header (offset of the queue's first entry, next address never used) and the queue of
 //	                                released addresses, oldest first, each with the time of its release
+//	ranges/strays                   the same for released addresses of no configured range; mostly missing
 //
 // An address is free when it is neither used, nor releasing, nor resting. A range first gives out what was never used, then
 // what has rested longest: so an address comes back as late as can be, and an IPv6 /64 is never enumerated.

@@ -25,6 +25,8 @@ const (
 	releasingDir = "releasing"
 	restingDir   = "resting"
 	rangesDir    = "ranges"
+
+	straysFile = "strays" // in rangesDir
 )
 
 // Pool gives out the addresses of one network on this node. Any number of processes may use one at the same time.
@@ -262,11 +264,11 @@ func (s *state) drop(q *queue, e entry) error {
 	return q.move(q.head+e.size, q.next)
 }
 
-// rest puts an address that is in releasing/ at the end of its range's queue, unless a killed process has done so.
+// rest puts an address that is in releasing/ at the end of a queue, unless a killed process has done so.
 func (s *state) rest(a netip.Addr) error {
-	q := s.queueOf(a)
-	if q == nil { // of no range any more: nobody waits for it
-		return s.disk.remove(s.releasing(a))
+	q, err := s.queueOf(a)
+	if err != nil {
+		return err
 	}
 	queued, err := q.endsWith(a)
 	if err != nil {
@@ -280,30 +282,30 @@ func (s *state) rest(a netip.Addr) error {
 	return s.disk.rename(s.releasing(a), s.resting(a))
 }
 
-// queueOf returns the queue that an address goes to when it is released: that of the range that gives it out, else of any
-// that is on disk (the configuration may be unusable when a pod goes), else nil.
-func (s *state) queueOf(a netip.Addr) *queue {
+// queueOf returns the queue that an address goes to when it is released: that of the configured range that gives it out,
+// else the strays': the configuration has changed, or cannot be used while a pod goes.
+func (s *state) queueOf(a netip.Addr) (*queue, error) {
 	for i := range s.spans {
 		if q := s.queues[s.spans[i].file()]; q != nil && s.spans[i].contains(a) {
-			return q
+			return q, nil
 		}
 	}
-	for name, q := range s.queues {
-		bounds := strings.Split(name, "-")
-		if len(bounds) != 3 {
-			continue
+	if s.queues[straysFile] == nil {
+		path := s.disk.path(rangesDir, straysFile)
+		if err := s.disk.write(path, header(headerLen, netip.Addr{})); err != nil {
+			return nil, err
 		}
-		first, err1 := netip.ParseAddr(bounds[0])
-		last, err2 := netip.ParseAddr(bounds[1])
-		if err1 == nil && err2 == nil && first.BitLen() == a.BitLen() && !a.Less(first) && !last.Less(a) {
-			return q
+		q, err := openQueue(s.disk, path)
+		if err != nil {
+			return nil, err
 		}
+		s.queues[straysFile] = q
 	}
-	return nil
+	return s.queues[straysFile], nil
 }
 
-// adopt makes the files on disk those of the configured ranges. A new file takes over what rests in those that go. Killed
-// in between, it does the same again.
+// adopt makes the files on disk those of the configured ranges. They take over what rests in files that go, and strays that
+// are theirs; strays that are nobody's stay until they have rested. Killed in between, it does the same again.
 func (s *state) adopt() error {
 	configured := map[string]bool{}
 	same := len(s.queues) == len(s.spans)
@@ -324,13 +326,11 @@ func (s *state) adopt() error {
 			return err
 		}
 	}
-	for _, e := range all {
-		if !slices.ContainsFunc(s.spans, func(sp span) bool { return sp.contains(e.addr) }) {
-			if err := s.disk.remove(s.resting(e.addr)); err != nil {
-				return err
-			}
-		}
+	strays, err := s.writeStrays(all)
+	if err != nil {
+		return err
 	}
+	configured[straysFile] = strays
 	for name := range s.queues {
 		if !configured[name] {
 			if err := s.disk.remove(s.disk.path(rangesDir, name)); err != nil {
@@ -341,6 +341,27 @@ func (s *state) adopt() error {
 	s.close()
 	clear(s.queues)
 	return s.openQueues()
+}
+
+// writeStrays writes the file of addresses that still rest and are of no configured range, and forgets those that have rested.
+// It reports whether there are any.
+func (s *state) writeStrays(all []entry) (bool, error) {
+	data := header(headerLen, netip.Addr{})
+	for _, e := range all {
+		switch {
+		case slices.ContainsFunc(s.spans, func(sp span) bool { return sp.contains(e.addr) }):
+		case s.rests(e):
+			data = appendEntry(data, e.addr, e.released)
+		default:
+			if err := s.disk.remove(s.resting(e.addr)); err != nil {
+				return false, err
+			}
+		}
+	}
+	if len(data) == headerLen {
+		return false, nil
+	}
+	return true, s.disk.write(s.disk.path(rangesDir, straysFile), data)
 }
 
 // allResting returns the entries of every queue on disk, each address once, oldest first.
@@ -383,7 +404,7 @@ func (s *state) rewrite(sp *span, entries []entry) error {
 	data := header(headerLen, next)
 	for _, e := range entries {
 		if sp.contains(e.addr) {
-			data = fmt.Appendf(data, "%s %d\n", e.addr, e.released)
+			data = appendEntry(data, e.addr, e.released)
 		}
 	}
 	return s.disk.write(s.disk.path(rangesDir, sp.file()), data)

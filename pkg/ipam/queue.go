@@ -130,6 +130,10 @@ func parseEntry(b []byte) (entry, error) {
 	return entry{addr: a, released: time.Duration(ns), size: int64(len(line)) + 1}, nil
 }
 
+func appendEntry(b []byte, a netip.Addr, released time.Duration) []byte {
+	return fmt.Appendf(b, "%s %d\n", a, released)
+}
+
 // entries returns the whole queue. Its cost grows with the queue: it is for messages and a changed configuration.
 func (q *queue) entries() ([]entry, error) {
 	var all []entry
@@ -155,7 +159,7 @@ func (q *queue) endsWith(a netip.Addr) (bool, error) {
 }
 
 func (q *queue) push(a netip.Addr, released time.Duration) error {
-	line := fmt.Appendf(nil, "%s %d\n", a, released)
+	line := appendEntry(nil, a, released)
 	q.disk.step()
 	n, err := q.file.WriteAt(line, q.tail)
 	q.tail += int64(n)

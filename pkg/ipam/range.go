@@ -44,9 +44,9 @@ func (r Range) Check() error {
 	if !r.Subnet.IsValid() || r.Subnet.Addr().Is4In6() {
 		return fmt.Errorf("subnet: %q: an IPv4 or IPv6 prefix is allowed", r.Subnet)
 	}
-	for key, a := range map[string]netip.Addr{"rangeStart": r.Start, "rangeEnd": r.End, "gateway": r.Gateway} {
+	for _, a := range []netip.Addr{r.Start, r.End, r.Gateway} {
 		if a.IsValid() && !r.Subnet.Contains(a) {
-			return fmt.Errorf("%s: %s: an address of %s is allowed", key, a, r.Subnet.Masked())
+			return fmt.Errorf("range %s: %s is no address of it", r.Subnet, a)
 		}
 	}
 	if s := newSpan(r); s.last.Less(s.first) || s.size() == 0 {
@@ -92,7 +92,7 @@ func newSpan(r Range) span {
 	return s
 }
 
-// merge clips holes to [first, last], sorts them and joins those that touch.
+// merge clips holes to [first, last], sorts them and joins those that overlap.
 func merge(holes []hole, first, last netip.Addr) []hole {
 	slices.SortFunc(holes, func(a, b hole) int { return a.first.Compare(b.first) })
 	var out []hole

@@ -116,7 +116,7 @@ func (s *state) pick(family []*span) (candidate, error) {
 		q := s.queues[sp.file()]
 		c, err := s.pickUnused(sp, q)
 		if err == nil && !c.addr.IsValid() {
-			c, err = s.pickRested(sp, q)
+			c, err = s.pickRested(q)
 		}
 		if err != nil || c.addr.IsValid() {
 			return c, err
@@ -157,7 +157,7 @@ func (s *state) pickUnused(sp *span, q *queue) (candidate, error) {
 
 // pickRested returns the address that has rested longest, if it has rested enough, or a zero candidate. A release in the future is
 // one before a reboot that the state outlived.
-func (s *state) pickRested(sp *span, q *queue) (candidate, error) {
+func (s *state) pickRested(q *queue) (candidate, error) {
 	for {
 		e, ok, err := q.first()
 		if err != nil || !ok {
@@ -167,7 +167,7 @@ func (s *state) pickRested(sp *span, q *queue) (candidate, error) {
 		if err != nil {
 			return candidate{}, err
 		}
-		if used || !sp.contains(e.addr) {
+		if used {
 			if err := s.drop(q, e); err != nil {
 				return candidate{}, err
 			}

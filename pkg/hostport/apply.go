@@ -1,0 +1,178 @@
+package hostport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+
+	"github.com/postern-cni/postern/pkg/attachment"
+	"github.com/postern-cni/postern/pkg/conntrack"
+	"github.com/postern-cni/postern/pkg/rule"
+)
+
+// Tables writes one family's rules. Each call is one iptables-restore, whose process holds the lock attachment.HostPorts
+// too, so that it cannot commit after another has taken it.
+type Tables interface {
+	// Append adds rules at the end of chains, and fails with nothing changed where one of the chains is missing. It removes
+	// nothing, which on nft makes it several times faster than Write.
+	Append(ctx context.Context, chains map[rule.Table][]rule.Chain) error
+	// Write makes the chains of the state what it says, whatever they were, and puts the hooks in their places.
+	Write(ctx context.Context, want *rule.State) error
+}
+
+// Env is what Apply and Remove work with.
+type Env struct {
+	// Tables returns the way to a family's rules. It is called only for families in which something is mapped.
+	Tables func(rule.Family) (Tables, error)
+	// IgnoreProcesses lets a pod take a port that a process of the host listens on.
+	IgnoreProcesses bool
+}
+
+// Records returns the attachments with port mappings, the one in question among them or not. It is called at most once.
+type Records func() ([]*attachment.Attachment, error)
+
+// Apply puts an attachment's port mappings into force, in the network namespace of the calling thread. Nothing is done
+// for one without mappings. A *[ConflictError] says who has a port already; then, as with other errors, [Remove] undoes.
+func Apply(ctx context.Context, env Env, a *attachment.Attachment, records Records) error {
+	if len(a.PortMappings) == 0 {
+		return nil
+	}
+	if err := check(a); err != nil {
+		return fmt.Errorf("map host ports of %s: %w", owner(a), err)
+	}
+	known, err := records()
+	if err != nil {
+		return fmt.Errorf("map host ports of %s: %w", owner(a), err)
+	}
+	others := without(known, a)
+	if err := Conflicts(a, others, !env.IgnoreProcesses); err != nil {
+		return fmt.Errorf("map host ports of %s: %w", owner(a), err)
+	}
+	for _, family := range rule.Families {
+		if err := applyFamily(ctx, env, family, a, others); err != nil {
+			return fmt.Errorf("map host ports of %s, %s: %w", owner(a), family, err)
+		}
+	}
+	return flush(a)
+}
+
+func applyFamily(ctx context.Context, env Env, family rule.Family, a *attachment.Attachment, others []*attachment.Attachment) error {
+	dnat, snat := rules(family, a)
+	if len(dnat) == 0 {
+		return nil
+	}
+	tables, err := env.Tables(family)
+	if err != nil {
+		return err
+	}
+	done := false
+	if mayAppend(family, a, others) {
+		done = tables.Append(ctx, map[rule.Table][]rule.Chain{
+			rule.NAT: {{Name: ChainDNAT, Rules: dnat}, {Name: ChainSNAT, Rules: snat}},
+		}) == nil // else the chains are missing, or Write meets the same error and reports it
+	}
+	if !done {
+		if err := tables.Write(ctx, State(family, append(others, a))); err != nil {
+			return err
+		}
+	}
+	if family == rule.IPv4 {
+		return routeLocalnet(a.HostInterface)
+	}
+	return nil
+}
+
+// mayAppend reports whether the family's chains can be there already, and hold nothing that the attachment replaces. The
+// raw drop is then there as well, for they are written together.
+func mayAppend(family rule.Family, a *attachment.Attachment, others []*attachment.Attachment) bool {
+	present := false
+	for _, o := range others {
+		if o.HostInterface == a.HostInterface {
+			return false
+		}
+		dnat, _ := rules(family, o)
+		present = present || len(dnat) > 0
+	}
+	return present
+}
+
+// Remove takes an attachment's port mappings out of force: the chains become what the other records say. It succeeds
+// where nothing is left to remove. Where the host interface has a newer attachment, that one's mappings stay.
+func Remove(ctx context.Context, env Env, a *attachment.Attachment, records Records) error {
+	if len(a.PortMappings) == 0 {
+		return nil
+	}
+	known, err := records()
+	if err != nil {
+		return fmt.Errorf("remove host ports of %s: %w", owner(a), err)
+	}
+	others := without(known, a)
+	var errs []error
+	for _, family := range rule.Families {
+		if dnat, _ := rules(family, a); len(dnat) == 0 {
+			continue
+		}
+		tables, err := env.Tables(family)
+		if err == nil {
+			err = tables.Write(ctx, State(family, others))
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("remove host ports of %s, %s: %w", owner(a), family, err))
+		}
+	}
+	return errors.Join(append(errs, flush(a))...)
+}
+
+func without(all []*attachment.Attachment, a *attachment.Attachment) []*attachment.Attachment {
+	var others []*attachment.Attachment
+	for _, o := range all {
+		if o.Key() != a.Key() {
+			others = append(others, o)
+		}
+	}
+	return others
+}
+
+// check refuses what no rule can do.
+func check(a *attachment.Attachment) error {
+	for _, m := range a.PortMappings {
+		if m.HostIP == netip.IPv6Loopback() {
+			return fmt.Errorf("hostIP %s: the kernel routes no packet from there to a pod; use 127.0.0.1 or an address of the node", m.HostIP)
+		}
+		if !m.HostIP.IsValid() {
+			continue
+		}
+		if family := rule.FamilyOf(m.HostIP); !hasFamily(a, family) {
+			return fmt.Errorf("hostIP %s: the pod has no %s address; leave hostIP out or name one of the other family", m.HostIP, family)
+		}
+	}
+	return nil
+}
+
+func hasFamily(a *attachment.Attachment, family rule.Family) bool {
+	_, ok := addressOf(family, a.Addresses)
+	return ok
+}
+
+// routeLocalnet lets packets from 127.0.0.0/8 leave by the pod's link. The setting goes with the link.
+func routeLocalnet(link string) error {
+	path := "/proc/sys/net/ipv4/conf/" + link + "/route_localnet"
+	if err := os.WriteFile(path, []byte("1"), 0); err != nil {
+		return fmt.Errorf("open the way from the node's loopback: %w; is the link %s still there?", err, link)
+	}
+	return nil
+}
+
+// flush ends UDP flows to the host ports: a flow keeps the destination that its first packet got, from before the mapping
+// came or went. TCP clients open new flows by themselves.
+func flush(a *attachment.Attachment) error {
+	var errs []error
+	for _, m := range a.PortMappings {
+		if m.Protocol == string(rule.UDP) {
+			errs = append(errs, conntrack.DeleteUDPPort(m.HostPort, m.HostIP))
+		}
+	}
+	return errors.Join(errs...)
+}

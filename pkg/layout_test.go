@@ -15,12 +15,12 @@ import (
 
 const module = "github.com/postern-cni/postern/"
 
-// tiers lists the module's packages from the ground up. A package imports only packages of lower tiers.
-// A new package gets its place here.
+// tiers lists the module's packages from the ground up. A package imports only packages of lower tiers. A new package
+// gets its place here.
 var tiers = [][]string{
 	{"pkg/rule", "pkg/object", "pkg/attachment", "pkg/conntrack", "pkg/metrics"},
-	{"pkg/gate", "pkg/iptables", "pkg/ipset", "pkg/policy", "pkg/explain", "pkg/cniconf", "pkg/ipam", "pkg/podlink"},
-	{"pkg/hostport", "pkg/compile", "pkg/cluster"},
+	{"pkg/gate", "pkg/iptables", "pkg/ipset", "pkg/policy", "pkg/explain", "pkg/ipam", "pkg/podlink"},
+	{"pkg/hostport", "pkg/compile", "pkg/cluster", "pkg/cniconf"},
 	{"pkg/attach", "pkg/dataplane"},
 	{"pkg/engine"},
 	{"plugin", "policyd"},

@@ -39,7 +39,8 @@ func readNetwork(c *Config, p *problems) {
 		return
 	}
 	readVersion(c, o)
-	if name, ok := get[string](o, "name", nameAllowed); ok || o.fields["name"] == nil {
+	_, present := o.value("name")
+	if name, ok := get[string](o, "name", nameAllowed); ok || !present {
 		if len(name) > maxNameLen || utils.ValidateNetworkName(name) != nil {
 			o.bad("name", name, nameAllowed)
 		} else {
@@ -192,7 +193,7 @@ func readIPAM(c *Config, o object) {
 func readRanges(c *Config, own object) {
 	list := own.children("ranges")
 	if raw, ok := own.value("ranges"); !ok || string(raw) == "[]" {
-		own.bad("ranges", nil, `at least one range, such as {"subnet": "10.244.1.0/24"}, is needed`)
+		own.bad("ranges", nil, `a list of at least one range, such as [{"subnet": "10.244.1.0/24"}], is allowed`)
 	}
 	for _, item := range list {
 		r, ok := readRange(item)

@@ -316,10 +316,11 @@ func (a *Attachment) check() error {
 			return fmt.Errorf("hostMAC, podMAC: %q: six hexadecimal bytes are allowed", mac)
 		}
 	}
-	for key, addrs := range map[string][]netip.Addr{"addresses": a.Addresses, "nodeAddresses": a.NodeAddresses} {
-		if err := oneOfEachFamily(addrs); err != nil {
-			return fmt.Errorf("%s: %w", key, err)
-		}
+	if err := oneOfEachFamily(a.Addresses); err != nil {
+		return fmt.Errorf("addresses: %w", err)
+	}
+	if err := oneOfEachFamily(a.NodeAddresses); err != nil {
+		return fmt.Errorf("nodeAddresses: %w", err)
 	}
 	for i, m := range a.PortMappings {
 		if err := m.check(); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -67,7 +68,7 @@ func (e *FullError) Error() string {
 // Open returns the pool of a network. The ranges must pass [Range.Check] and not overlap; without any, addresses can still be
 // released and looked at. An address is given out again no sooner than reuseAfter after its release. Nothing is touched yet.
 func Open(stateDir, network string, ranges []Range, reuseAfter time.Duration) *Pool {
-	p := &Pool{disk: &disk{dir: strings.Join([]string{stateDir, "ipam", network}, "/")}, reuseAfter: reuseAfter, now: sinceBoot}
+	p := &Pool{disk: &disk{dir: filepath.Join(stateDir, "ipam", network)}, reuseAfter: reuseAfter, now: sinceBoot}
 	for _, r := range ranges {
 		p.spans = append(p.spans, newSpan(r))
 	}
@@ -219,10 +220,10 @@ func (s *state) openQueues() error {
 func (s *state) recover() error {
 	for _, q := range s.queues {
 		e, ok, err := q.first()
-		if err != nil || !ok {
-			if err != nil {
-				return err
-			}
+		if err != nil {
+			return err
+		}
+		if !ok {
 			continue
 		}
 		// Taken from the queue, killed before the queue moved on.
@@ -230,10 +231,11 @@ func (s *state) recover() error {
 		if err != nil {
 			return err
 		}
-		if used {
-			if err := s.drop(q, e); err != nil {
-				return err
-			}
+		if !used {
+			continue
+		}
+		if err := s.drop(q, e); err != nil {
+			return err
 		}
 	}
 	names, err := s.disk.names(s.disk.path(releasingDir))
@@ -308,6 +310,9 @@ func (s *state) queueOf(a netip.Addr) (*queue, error) {
 // are theirs; strays that are nobody's stay until they have rested. Killed in between, it does the same again.
 func (s *state) adopt() error {
 	configured := map[string]bool{}
+	if len(s.spans) == 0 {
+		return errors.New("the network has no ranges; give it ipam.ranges")
+	}
 	same := len(s.queues) == len(s.spans)
 	for i := range s.spans {
 		name := s.spans[i].file()
@@ -364,7 +369,8 @@ func (s *state) writeStrays(all []entry) (bool, error) {
 	return true, s.disk.write(s.disk.path(rangesDir, straysFile), data)
 }
 
-// allResting returns the entries of every queue on disk, each address once, oldest first.
+// allResting returns the entries of every queue on disk, each address once, oldest first. An address that rests in no queue,
+// because somebody deleted a file, counts as released now.
 func (s *state) allResting() ([]entry, error) {
 	latest := map[netip.Addr]entry{}
 	for _, q := range s.queues {
@@ -380,6 +386,19 @@ func (s *state) allResting() ([]entry, error) {
 			if resting && e.released >= latest[e.addr].released {
 				latest[e.addr] = e
 			}
+		}
+	}
+	names, err := s.disk.names(s.disk.path(restingDir))
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		a, err := netip.ParseAddr(name)
+		if err != nil {
+			return nil, err
+		}
+		if _, queued := latest[a]; !queued {
+			latest[a] = entry{addr: a, released: s.time}
 		}
 	}
 	var all []entry

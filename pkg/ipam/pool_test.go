@@ -196,6 +196,23 @@ func TestReleaseWorksWithoutRanges(t *testing.T) {
 	}
 }
 
+func TestADeletedRangeFileLosesNoAddress(t *testing.T) {
+	p, c := testPool(t, t.TempDir(), time.Minute, subnet("10.0.0.0/30"))
+	a := reserve(t, p, 1)
+	release(t, p, 1)
+	s := newSpan(subnet("10.0.0.0/30"))
+	if err := os.Remove(p.disk.path(rangesDir, s.file())); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Reserve(key(2)); err == nil {
+		t.Error("a resting address was given out")
+	}
+	c.t += time.Minute
+	if b := reserve(t, p, 2); b[0] != a[0] {
+		t.Errorf("got %v, want %v", b, a)
+	}
+}
+
 func TestATornQueueLineIsCutOff(t *testing.T) {
 	dir := t.TempDir()
 	p, _ := testPool(t, dir, 0, subnet("10.0.0.0/29"))

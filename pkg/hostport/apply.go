@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/conntrack"
@@ -46,19 +48,23 @@ func Apply(ctx context.Context, env Env, a *attachment.Attachment, records Recor
 	if err != nil {
 		return fmt.Errorf("map host ports of %s: %w", owner(a), err)
 	}
-	others := without(known, a)
+	others := Alive(without(known, a))
 	if err := Conflicts(a, others, !env.IgnoreProcesses); err != nil {
 		return fmt.Errorf("map host ports of %s: %w", owner(a), err)
 	}
 	for _, family := range rule.Families {
-		if err := applyFamily(ctx, env, family, a, others); err != nil {
+		// Rules of the dead are still in the chains and would come first: only a whole writing takes them out.
+		mayAppend := len(others) == len(without(known, a)) && mayAppend(family, a, others)
+		if err := applyFamily(ctx, env, family, a, others, mayAppend); err != nil {
 			return fmt.Errorf("map host ports of %s, %s: %w", owner(a), family, err)
 		}
 	}
-	return flush(a)
+	return flush(a, nil)
 }
 
-func applyFamily(ctx context.Context, env Env, family rule.Family, a *attachment.Attachment, others []*attachment.Attachment) error {
+func applyFamily(
+	ctx context.Context, env Env, family rule.Family, a *attachment.Attachment, others []*attachment.Attachment, add bool,
+) error {
 	dnat, snat := rules(family, a)
 	if len(dnat) == 0 {
 		return nil
@@ -68,13 +74,13 @@ func applyFamily(ctx context.Context, env Env, family rule.Family, a *attachment
 		return err
 	}
 	done := false
-	if mayAppend(family, a, others) {
+	if add {
 		done = tables.Append(ctx, map[rule.Table][]rule.Chain{
 			rule.NAT: {{Name: ChainDNAT, Rules: dnat}, {Name: ChainSNAT, Rules: snat}},
 		}) == nil // else the chains are missing, or Write meets the same error and reports it
 	}
 	if !done {
-		if err := tables.Write(ctx, State(family, append(others, a))); err != nil {
+		if err := tables.Write(ctx, State(family, append(slices.Clone(others), a))); err != nil {
 			return err
 		}
 	}
@@ -108,7 +114,7 @@ func Remove(ctx context.Context, env Env, a *attachment.Attachment, records Reco
 	if err != nil {
 		return fmt.Errorf("remove host ports of %s: %w", owner(a), err)
 	}
-	others := without(known, a)
+	others := Alive(without(known, a))
 	var errs []error
 	for _, family := range rule.Families {
 		if dnat, _ := rules(family, a); len(dnat) == 0 {
@@ -122,7 +128,7 @@ func Remove(ctx context.Context, env Env, a *attachment.Attachment, records Reco
 			errs = append(errs, fmt.Errorf("remove host ports of %s, %s: %w", owner(a), family, err))
 		}
 	}
-	return errors.Join(append(errs, flush(a))...)
+	return errors.Join(append(errs, flush(a, others))...)
 }
 
 func without(all []*attachment.Attachment, a *attachment.Attachment) []*attachment.Attachment {
@@ -133,6 +139,18 @@ func without(all []*attachment.Attachment, a *attachment.Attachment) []*attachme
 		}
 	}
 	return others
+}
+
+// Alive returns the attachments whose network namespace is still there. One without is dead and has only not been
+// collected yet: it keeps no port from anybody. A [State] is made of living attachments.
+func Alive(all []*attachment.Attachment) []*attachment.Attachment {
+	var alive []*attachment.Attachment
+	for _, a := range all {
+		if _, err := os.Stat(a.NetNS); a.NetNS == "" || !errors.Is(err, fs.ErrNotExist) {
+			alive = append(alive, a)
+		}
+	}
+	return alive
 }
 
 // check refuses what no rule can do.
@@ -166,13 +184,23 @@ func routeLocalnet(link string) error {
 }
 
 // flush ends UDP flows to the host ports: a flow keeps the destination that its first packet got, from before the mapping
-// came or went. TCP clients open new flows by themselves.
-func flush(a *attachment.Attachment) error {
+// came or went. TCP clients open new flows by themselves. Ports that one of the others has are left alone: an ADD that
+// was refused for a conflict, and the DEL of an older sandbox, cut nobody's flows.
+func flush(a *attachment.Attachment, others []*attachment.Attachment) error {
 	var errs []error
 	for _, m := range a.PortMappings {
-		if m.Protocol == string(rule.UDP) {
+		if m.Protocol == string(rule.UDP) && !held(m, a, others) {
 			errs = append(errs, conntrack.DeleteUDPPort(m.HostPort, m.HostIP))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func held(m attachment.PortMapping, a *attachment.Attachment, others []*attachment.Attachment) bool {
+	for _, o := range current(others) {
+		if slices.ContainsFunc(o.PortMappings, func(n attachment.PortMapping) bool { return overlap(m, a, n, o) }) {
+			return true
+		}
+	}
+	return false
 }

@@ -356,3 +356,47 @@ func TestUDPFlowFromBeforeTheMappingMovesToThePod(t *testing.T) {
 		}
 	})
 }
+
+func TestPortOfADeadPodIsFree(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		n := newNode(t, backend)
+		dead, fresh := pod(2, "8080:80/tcp"), pod(1, "8080:80/tcp")
+		if err := n.apply(t, dead); err != nil {
+			t.Fatal(err)
+		}
+		var conflict *ConflictError
+		if err := n.apply(t, fresh, dead); !errors.As(err, &conflict) || conflict.Process {
+			t.Fatalf("beside a living pod: %v, want a conflict", err)
+		}
+		dead.NetNS = "/run/netns/gone"
+		if err := n.apply(t, fresh, dead); err != nil {
+			t.Fatal(err)
+		}
+		nettest.TCPServer(t, n.pods[1], netip.AddrPortFrom(fresh.Addresses[0], 80))
+		if err := nettest.Dial(n.machine, "tcp", netip.AddrPort{}, at("192.0.2.1:8080"), patience); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestSecondPodIsAppendedInOneRestoreAndAMissingChainIsWrittenWhole(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		n := newNode(t, backend)
+		first, second := pod(1, "0.0.0.0/8080:80/tcp"), pod(2, "0.0.0.0/8081:80/tcp")
+		if err := errors.Join(n.apply(t, first), n.apply(t, second, first)); err != nil || n.writes != 2 {
+			t.Fatalf("%d restores for two pods, want one each: %v", n.writes, err)
+		}
+		n.host.Run(t, "iptables-"+backend, "-t", "nat", "-F")
+		n.host.Run(t, "iptables-"+backend, "-t", "nat", "-X")
+		nettest.TCPServer(t, n.pods[1], netip.AddrPortFrom(first.Addresses[0], 80))
+		nettest.TCPServer(t, n.pods[2], netip.AddrPortFrom(second.Addresses[0], 80))
+		if err := n.apply(t, second, first); err != nil {
+			t.Fatal(err)
+		}
+		for _, to := range []string{"192.0.2.1:8080", "192.0.2.1:8081"} {
+			if err := nettest.Dial(n.machine, "tcp", netip.AddrPort{}, at(to), patience); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}

@@ -71,8 +71,8 @@ func LockFile(ctx context.Context, path string, exclusive bool) (*Lock, error) {
 	return &Lock{f}, nil
 }
 
-// wait blocks in the kernel, which wakes waiters in order and costs nothing while nothing happens. flock cannot be called off: when
-// ctx ends first, the goroutine closes the file, and with it the lock, as soon as it gets it.
+// wait blocks in the kernel, which wakes waiters in order and costs nothing while nothing happens. flock cannot be
+// called off: when ctx ends first, the goroutine closes the file, and with it the lock, as soon as it gets it.
 func wait(ctx context.Context, f *os.File, how int) (*Lock, error) {
 	locked := make(chan error, 1)
 	given := make(chan bool, 1)

@@ -86,7 +86,8 @@ func CheckInterfaceName(name string) error {
 	bad := name == "" || len(name) > maxLen || name == "." || name == ".." ||
 		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '/' || r == ':' || r > 0x7e })
 	if bad {
-		return fmt.Errorf("interface name %q: 1 to %d printable ASCII characters but '/', ':' and space are allowed, not \".\" or \"..\"",
+		return fmt.Errorf("interface name %q: 1 to %d printable ASCII characters but '/', ':' and space are allowed, "+
+			"not \".\" or \"..\"",
 			name, maxLen)
 	}
 	return nil
@@ -263,7 +264,8 @@ func keyOf(name string) (Key, error) {
 	}
 	id, ifName, ok := strings.Cut(stem, "@")
 	if !ok {
-		return Key{}, fmt.Errorf("file name %q: CONTAINER@INTERFACE%s or CONTAINER@INTERFACE%s is expected", name, plainSuffix, portsSuffix)
+		return Key{}, fmt.Errorf("file name %q: CONTAINER@INTERFACE%s or CONTAINER@INTERFACE%s is expected", name, plainSuffix,
+			portsSuffix)
 	}
 	key := Key{id, ifName}
 	return key, key.Check()

@@ -265,7 +265,8 @@ func FuzzRecord(f *testing.F) {
 		}
 		s := Open(t.TempDir())
 		put(t, s, a)
-		if got, err := s.Get(a.Key()); err != nil || !reflect.DeepEqual(got.Addresses, a.Addresses) || len(got.PortMappings) != len(a.PortMappings) {
+		if got, err := s.Get(a.Key()); err != nil ||
+			!reflect.DeepEqual(got.Addresses, a.Addresses) || len(got.PortMappings) != len(a.PortMappings) {
 			t.Fatalf("read back %+v (%v), want %+v", got, err, a)
 		}
 	})

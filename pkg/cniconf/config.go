@@ -1,11 +1,11 @@
 // Package cniconf reads what a container runtime gives the plugin: the network configuration on stdin, and the CNI_
-// environment variables. It looks at every value before it answers, and names all that are wrong at once: key, value and what
-// is allowed. Unknown keys are the runtime's or another plugin's and are left alone, but for the ipam object of our own type,
-// where an unknown key is a slip of the pen that would go unnoticed.
+// environment variables. It looks at every value before it answers, and names all that are wrong at once: key, value and
+// what is allowed. Unknown keys are the runtime's or another plugin's and are left alone, but for the ipam object of our
+// own type, where an unknown key is a slip of the pen that would go unnoticed.
 //
 // The keys and codes are those of the CNI specification 1.1.0 (sections 1 to 3, and "Error"): 1 a version we do not speak, 4
-// an environment variable, 6 something that is not JSON, 7 any other value of the configuration. The capability portMappings is
-// in the CNI conventions.
+// an environment variable, 6 something that is not JSON, 7 any other value of the configuration. The capability
+// portMappings is in the CNI conventions.
 package cniconf
 
 import (

@@ -69,12 +69,15 @@ func TestDefaults(t *testing.T) {
 func TestEveryKeyIsRead(t *testing.T) {
 	conf := `{"cniVersion":"1.1.0","cniVersions":["1.0.0","1.1.0"],"name":"pods","type":"postern","policy":"none","mtu":1400,
 		"stateDir":"/var/lib/p/","gateTimeout":"5s","statusGrace":"0s","nodeAddresses":["192.0.2.1","2001:db8::1"],
-		"iptablesBackend":"legacy","hostPortConflict":"ignore","dns":{"nameservers":["10.96.0.10"]},"capabilities":{"portMappings":true},
+		"iptablesBackend":"legacy","hostPortConflict":"ignore","dns":{"nameservers":["10.96.0.10"]},
+			"capabilities":{"portMappings":true},
 		"runtimeConfig":{"portMappings":[{"hostPort":80,"containerPort":8080,"protocol":"TCP","hostIP":"::"},
-			{"hostPort":80,"containerPort":8080,"protocol":"tcp","hostIP":"::"},{"hostPort":53,"containerPort":53,"protocol":"udp","hostIP":""}]},
+			{"hostPort":80,"containerPort":8080,"protocol":"tcp","hostIP":"::"},{"hostPort":53,"containerPort":53,"protocol":"udp",
+				"hostIP":""}]},
 		"prevResult":{"cniVersion":"1.1.0","ips":[{"address":"10.9.0.2/24"}]},
 		"ipam":{"type":"postern","reuseAfter":"30s","routes":[{"dst":"10.96.0.5/12"}],"ranges":[
-			{"subnet":"10.244.1.7/24","rangeStart":"10.244.1.10","rangeEnd":"10.244.1.20","gateway":"10.244.1.1","exclude":["10.244.1.12","10.244.1.16/30"]},
+			{"subnet":"10.244.1.7/24","rangeStart":"10.244.1.10","rangeEnd":"10.244.1.20","gateway":"10.244.1.1",
+				"exclude":["10.244.1.12","10.244.1.16/30"]},
 			{"subnet":"fd00:1::/64"}]},
 		"cni.dev/valid-attachments":[{"containerID":"abc","ifname":"eth0"}],"somebody/else":{"x":1}}`
 	c, err := ParseNetwork([]byte(conf))
@@ -139,7 +142,8 @@ func TestEveryWrongValueOfTheConfigurationIsRefusedByItsKey(t *testing.T) {
 		{"gateTimeout", "gateTimeout: ", []string{`"0s"`, `"10"`, `10`, `"-1s"`, `"25h"`, `""`}, 7},
 		{"statusGrace", "statusGrace: ", []string{`"-1s"`, `"x"`, `60`}, 7},
 		{"nodeAddresses", "nodeAddresses: ", []string{`"10.0.0.1"`, `[1]`}, 7},
-		{"nodeAddresses", "nodeAddresses[0]: ", []string{`["x"]`, `["0.0.0.0"]`, `["127.0.0.1"]`, `["fe80::1"]`, `["fd00::1%eth0"]`, `[""]`}, 7},
+		{"nodeAddresses", "nodeAddresses[0]: ", []string{`["x"]`, `["0.0.0.0"]`, `["127.0.0.1"]`, `["fe80::1"]`,
+			`["fd00::1%eth0"]`, `[""]`}, 7},
 		{"nodeAddresses", "nodeAddresses[1]: ", []string{`["10.0.0.1","10.0.0.2"]`}, 7},
 		{"iptablesBackend", "iptablesBackend: ", []string{`"nftables"`, `1`}, 7},
 		{"hostPortConflict", "hostPortConflict: ", []string{`"allow"`, `false`}, 7},
@@ -148,9 +152,11 @@ func TestEveryWrongValueOfTheConfigurationIsRefusedByItsKey(t *testing.T) {
 		{"runtimeConfig/portMappings", "runtimeConfig.portMappings: ", []string{`{}`, `1`}, 7},
 		{"runtimeConfig/portMappings", "runtimeConfig.portMappings[0]: ", []string{`[1]`, `[null]`}, 7},
 		{"runtimeConfig/portMappings", "runtimeConfig.portMappings[0].hostPort: ", []string{`[{"containerPort":1}]`,
-			`[{"hostPort":0,"containerPort":1}]`, `[{"hostPort":65536,"containerPort":1}]`, `[{"hostPort":"80","containerPort":1}]`}, 7},
+			`[{"hostPort":0,"containerPort":1}]`, `[{"hostPort":65536,"containerPort":1}]`,
+			`[{"hostPort":"80","containerPort":1}]`}, 7},
 		{"runtimeConfig/portMappings", "runtimeConfig.portMappings[0].containerPort: ", []string{`[{"hostPort":1}]`,
-			`[{"hostPort":1,"containerPort":-1}]`, `[{"hostPort":1,"containerPort":65536}]`, `[{"hostPort":1,"containerPort":1.5}]`}, 7},
+			`[{"hostPort":1,"containerPort":-1}]`, `[{"hostPort":1,"containerPort":65536}]`,
+			`[{"hostPort":1,"containerPort":1.5}]`}, 7},
 		{"runtimeConfig/portMappings", "runtimeConfig.portMappings[0].protocol: ", []string{
 			`[{"hostPort":1,"containerPort":1,"protocol":"icmp"}]`, `[{"hostPort":1,"containerPort":1,"protocol":6}]`,
 			`[{"hostPort":1,"containerPort":1,"protocol":""}]`}, 7},
@@ -168,7 +174,8 @@ func TestEveryWrongValueOfTheConfigurationIsRefusedByItsKey(t *testing.T) {
 		{"ipam/routes", "ipam.routes[0].gw: ", []string{`[{"dst":"10.0.0.0/8","gw":"10.0.0.1"}]`}, 7},
 		{"ipam/ranges", "ipam.ranges: ", []string{`[]`, `null`, `{}`}, 7},
 		{"ipam/ranges", "ipam.ranges[0]: ", []string{`[[]]`, `["10.0.0.0/8"]`}, 7},
-		{"ipam/ranges", "ipam.ranges[0].subnet: ", []string{`[{}]`, `[{"subnet":"10.0.0.0"}]`, `[{"subnet":"::ffff:10.0.0.0/104"}]`, `[{"subnet":5}]`,
+		{"ipam/ranges", "ipam.ranges[0].subnet: ", []string{`[{}]`, `[{"subnet":"10.0.0.0"}]`,
+			`[{"subnet":"::ffff:10.0.0.0/104"}]`, `[{"subnet":5}]`,
 			`[{"subnet":"10.0.0.0/30","exclude":["10.0.0.0/30"]}]`,
 			`[{"subnet":"10.0.0.0/24","rangeStart":"10.0.0.9","rangeEnd":"10.0.0.8"}]`}, 7},
 		{"ipam/ranges", "ipam.ranges[0].rangeStart: ", []string{`[{"subnet":"10.0.0.0/24","rangeStart":"10.0.1.1"}]`,
@@ -209,7 +216,8 @@ func TestValidAttachments(t *testing.T) {
 	gc := func(value string) (*Config, error) {
 		return ParseNetwork([]byte(strings.Replace(minimal, `{`, `{"cni.dev/valid-attachments":`+value+`,`, 1)))
 	}
-	for _, value := range []string{`{}`, `[1]`, `[{}]`, `[{"containerID":"a"}]`, `[{"containerID":"../a","ifname":"eth0"}]`, `[{"containerID":"a","ifname":"e/0"}]`} {
+	for _, value := range []string{`{}`, `[1]`, `[{}]`, `[{"containerID":"a"}]`, `[{"containerID":"../a","ifname":"eth0"}]`,
+		`[{"containerID":"a","ifname":"e/0"}]`} {
 		_, err := gc(value)
 		mustRefuse(t, err, 7, "cni.dev/valid-attachments")
 	}
@@ -227,15 +235,24 @@ func TestEveryWrongEnvironmentVariableIsRefusedByItsName(t *testing.T) {
 		set    func(*Environment, string)
 		values []string
 	}{
-		{"CNI_CONTAINERID: ", func(e *Environment, v string) { e.ContainerID = v }, []string{"", "a/b", "-a", "a b", "..", "a@b", strings.Repeat("a", 201)}},
-		{"CNI_IFNAME: ", func(e *Environment, v string) { e.IfName = v }, []string{"", "a/b", "a:b", "a b", ".", "..", "0123456789abcdef", "é"}},
+		{"CNI_CONTAINERID: ", func(e *Environment, v string) { e.ContainerID = v }, []string{"", "a/b", "-a", "a b", "..",
+			"a@b", strings.Repeat("a", 201)}},
+		{"CNI_IFNAME: ", func(e *Environment, v string) { e.IfName = v }, []string{"", "a/b", "a:b", "a b", ".", "..",
+			"0123456789abcdef", "é"}},
 		{"CNI_NETNS: ", func(e *Environment, v string) { e.NetNS = v }, []string{"", "netns/a", "/a\x00"}},
-		{"CNI_ARGS: ", func(e *Environment, v string) { e.Args = v }, []string{"", "X", "=1", "K8S_POD_NAME=a", "K8S_POD_NAMESPACE=a"}},
-		{"CNI_ARGS IgnoreUnknown: ", func(e *Environment, v string) { e.Args = "IgnoreUnknown=" + v + ";K8S_POD_NAME=a;K8S_POD_NAMESPACE=b" }, []string{"yes", "2"}},
-		{"CNI_ARGS K8S_POD_NAMESPACE: ", func(e *Environment, v string) { e.Args = "K8S_POD_NAME=a;K8S_POD_NAMESPACE=" + v }, []string{"A", "a.b", "../x", "-a", strings.Repeat("a", 64)}},
-		{"CNI_ARGS K8S_POD_NAME: ", func(e *Environment, v string) { e.Args = "K8S_POD_NAMESPACE=a;K8S_POD_NAME=" + v }, []string{"A", "a/b", "a..b", "a=b", strings.Repeat("a", 254)}},
+		{"CNI_ARGS: ", func(e *Environment, v string) { e.Args = v }, []string{"", "X", "=1", "K8S_POD_NAME=a",
+			"K8S_POD_NAMESPACE=a"}},
+		{"CNI_ARGS IgnoreUnknown: ", func(e *Environment, v string) {
+			e.Args = "IgnoreUnknown=" + v + ";K8S_POD_NAME=a;K8S_POD_NAMESPACE=b"
+		}, []string{"yes", "2"}},
+		{"CNI_ARGS K8S_POD_NAMESPACE: ", func(e *Environment, v string) { e.Args = "K8S_POD_NAME=a;K8S_POD_NAMESPACE=" + v },
+			[]string{"A", "a.b", "../x", "-a", strings.Repeat("a", 64)}},
+		{"CNI_ARGS K8S_POD_NAME: ", func(e *Environment, v string) { e.Args = "K8S_POD_NAMESPACE=a;K8S_POD_NAME=" + v },
+			[]string{"A", "a/b", "a..b", "a=b", strings.Repeat("a", 254)}},
 		{"CNI_ARGS K8S_POD_UID: ", func(e *Environment, v string) { e.Args += ";X=1;K8S_POD_UID=" + v }, []string{"second"}},
-		{"CNI_ARGS K8S_POD_UID: ", func(e *Environment, v string) { e.Args = "K8S_POD_NAMESPACE=a;K8S_POD_NAME=b;K8S_POD_UID=" + v }, []string{"a b", "a/b", strings.Repeat("a", 129)}},
+		{"CNI_ARGS K8S_POD_UID: ", func(e *Environment, v string) {
+			e.Args = "K8S_POD_NAMESPACE=a;K8S_POD_NAME=b;K8S_POD_UID=" + v
+		}, []string{"a b", "a/b", strings.Repeat("a", 129)}},
 		{"CNI_ARGS K8S_POD_INFRA_CONTAINER_ID: ", func(e *Environment, v string) {
 			e.Args = "K8S_POD_NAMESPACE=a;K8S_POD_NAME=b;K8S_POD_INFRA_CONTAINER_ID=" + v
 		}, []string{"a b", "$x"}},
@@ -265,7 +282,8 @@ func TestDelNeedsContainerAndInterfaceAlone(t *testing.T) {
 	if err != nil || c.NetNS != "" {
 		t.Errorf("got %+v, %v", c, err)
 	}
-	c, err = Parse([]byte(`{"name":"pods","stateDir":"/x","ipam":7}`), Environment{Command: "DEL", ContainerID: "abc", IfName: "eth0"})
+	c, err = Parse([]byte(`{"name":"pods","stateDir":"/x","ipam":7}`), Environment{Command: "DEL", ContainerID: "abc",
+		IfName: "eth0"})
 	mustRefuse(t, err, 1, "cniVersion: ", "ipam: 7: ")
 	if c.Name != "pods" || c.StateDir != "/x" || c.ContainerID != "abc" {
 		t.Errorf("what can be read is not in %+v", c)
@@ -273,9 +291,12 @@ func TestDelNeedsContainerAndInterfaceAlone(t *testing.T) {
 }
 
 func TestAllThatIsWrongIsNamedAtOnce(t *testing.T) {
-	conf := `{"cniVersion":"1.0.0","name":"","policy":"x","mtu":5,"gateTimeout":"x","ipam":{"ranges":[{"subnet":"x"},{"gateway":"y"}]}}`
-	_, err := Parse([]byte(conf), Environment{Command: "ADD", IfName: "a/b", ContainerID: "c", NetNS: "/x", Args: "K8S_POD_UID=%"})
-	mustRefuse(t, err, 7, `name: ""`, `policy: "x": one of "enforce", "none" is allowed`, "mtu: 5", "gateTimeout", "ipam.ranges[0].subnet",
+	conf := `{"cniVersion":"1.0.0","name":"","policy":"x","mtu":5,"gateTimeout":"x",
+		"ipam":{"ranges":[{"subnet":"x"},{"gateway":"y"}]}}`
+	_, err := Parse([]byte(conf), Environment{Command: "ADD", IfName: "a/b", ContainerID: "c", NetNS: "/x",
+		Args: "K8S_POD_UID=%"})
+	mustRefuse(t, err, 7, `name: ""`, `policy: "x": one of "enforce", "none" is allowed`, "mtu: 5", "gateTimeout",
+		"ipam.ranges[0].subnet",
 		"ipam.ranges[1].gateway", "ipam.ranges[1].subnet: missing", `CNI_IFNAME: "a/b"`, "K8S_POD_UID")
 }
 
@@ -288,8 +309,10 @@ func TestAnotherIPAMIsLeftAlone(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(minimal), "abc", "eth0", "/n", "K8S_POD_NAME=a;K8S_POD_NAMESPACE=b")
-	f.Add(with(f, "runtimeConfig/portMappings", `[{"hostPort":1,"containerPort":2,"protocol":"udp","hostIP":"::1"}]`), "a", "e", "/n", "")
-	f.Add(with(f, "ipam/ranges", `[{"subnet":"fd00::/64","exclude":["fd00::/65"]},{"subnet":"255.255.255.255/32"}]`), "a", "e", "/n", "X=1;;")
+	f.Add(with(f, "runtimeConfig/portMappings", `[{"hostPort":1,"containerPort":2,"protocol":"udp","hostIP":"::1"}]`),
+		"a", "e", "/n", "")
+	f.Add(with(f, "ipam/ranges", `[{"subnet":"fd00::/64","exclude":["fd00::/65"]},{"subnet":"255.255.255.255/32"}]`),
+		"a", "e", "/n", "X=1;;")
 	f.Add(with(f, "prevResult", `{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.1/8","interface":0}]}`), "a", "e", "/n", "=")
 	f.Add([]byte(`{"mtu":null,"ipam":{"ranges":[null]}}`), "", "", "", "K8S_POD_NAME")
 	f.Fuzz(func(t *testing.T, stdin []byte, id, ifName, netns, args string) {
@@ -313,7 +336,8 @@ func mustBeUsable(t *testing.T, c *Config) {
 	if c.Key().Check() != nil || c.Name == "" || strings.ContainsAny(c.Name, "/\x00") || !strings.HasPrefix(c.StateDir, "/") {
 		t.Fatalf("key %v, name %q, stateDir %q", c.Key(), c.Name, c.StateDir)
 	}
-	if c.GateTimeout <= 0 || c.MTU != 0 && (c.MTU < 68 || c.MTU > 65535) || !slices.Contains(SupportedVersions(), c.CNIVersion) {
+	if c.GateTimeout <= 0 || c.MTU != 0 && (c.MTU < 68 || c.MTU > 65535) ||
+		!slices.Contains(SupportedVersions(), c.CNIVersion) {
 		t.Fatalf("gateTimeout %v, mtu %d, version %q", c.GateTimeout, c.MTU, c.CNIVersion)
 	}
 	for i, r := range c.IPAM.Ranges {

@@ -43,8 +43,8 @@ type argument struct {
 	allowed string
 }
 
-// readArgs reads CNI_ARGS, KEY=value pairs with semicolons between. Other keys than ours are fine, whatever IgnoreUnknown says:
-// they are the runtime's, and it does not know which plugins follow.
+// readArgs reads CNI_ARGS, KEY=value pairs with semicolons between. Other keys than ours are fine, whatever
+// IgnoreUnknown says: they are the runtime's, and it does not know which plugins follow.
 func readArgs(c *Config, args string, p *problems) {
 	var ignoreUnknown, infra string
 	known := []argument{

@@ -35,7 +35,8 @@ const (
 func readNetwork(c *Config, p *problems) {
 	o := object{p: p}
 	if err := json.Unmarshal(c.Stdin, &o.fields); err != nil || o.fields == nil {
-		p.add(types.ErrDecodingFailure, "stdin", show(json.RawMessage(c.Stdin)), fmt.Sprintf("a JSON object is expected (%v)", err))
+		p.add(types.ErrDecodingFailure, "stdin", show(json.RawMessage(c.Stdin)),
+			fmt.Sprintf("a JSON object is expected (%v)", err))
 		return
 	}
 	readVersion(c, o)
@@ -323,7 +324,8 @@ func readPortMappings(o object) []attachment.PortMapping {
 			seen[at] = m.ContainerPort
 			all = append(all, m)
 		case container != m.ContainerPort:
-			item.bad("hostPort", int(m.HostPort), fmt.Sprintf("a port is allowed that is not mapped to containerPort %d already", container))
+			item.bad("hostPort", int(m.HostPort),
+				fmt.Sprintf("a port is allowed that is not mapped to containerPort %d already", container))
 		}
 	}
 	return all

@@ -51,7 +51,8 @@ type Usage struct {
 func (u Usage) Full() bool { return u.Used+u.Resting >= u.Size }
 
 func (u Usage) String() string {
-	return fmt.Sprintf("%s: %d addresses, %d in use, %d released less than %s ago", u.Range, u.Size, u.Used, u.Resting, u.ReuseAfter)
+	return fmt.Sprintf("%s: %d addresses, %d in use, %d released less than %s ago", u.Range, u.Size, u.Used, u.Resting,
+		u.ReuseAfter)
 }
 
 // FullError says that no range of a family has room.
@@ -65,8 +66,9 @@ func (e *FullError) Error() string {
 	return "no free address in " + strings.Join(parts, "; ") + "; delete pods, or give the network a larger range"
 }
 
-// Open returns the pool of a network. The ranges must pass [Range.Check] and not overlap; without any, addresses can still be
-// released and looked at. An address is given out again no sooner than reuseAfter after its release. Nothing is touched yet.
+// Open returns the pool of a network. The ranges must pass [Range.Check] and not overlap; without any, addresses can
+// still be released and looked at. An address is given out again no sooner than reuseAfter after its release. Nothing is
+// touched yet.
 func Open(stateDir, network string, ranges []Range, reuseAfter time.Duration) *Pool {
 	p := &Pool{disk: &disk{dir: filepath.Join(stateDir, "ipam", network)}, reuseAfter: reuseAfter, now: sinceBoot}
 	for _, r := range ranges {
@@ -348,8 +350,8 @@ func (s *state) adopt() error {
 	return s.openQueues()
 }
 
-// writeStrays writes the file of addresses that still rest and are of no configured range, and forgets those that have rested.
-// It reports whether there are any.
+// writeStrays writes the file of addresses that still rest and are of no configured range, and forgets those that have
+// rested. It reports whether there are any.
 func (s *state) writeStrays(all []entry) (bool, error) {
 	data := header(headerLen, netip.Addr{})
 	for _, e := range all {

@@ -95,7 +95,8 @@ func TestRangeSizes(t *testing.T) {
 		{subnet("fd00::/120"), 254},
 		{subnet("255.255.255.240/28"), 13},
 		{subnet("ffff:ffff:ffff:ffff:ffff:ffff:ffff:fff0/124"), 14},
-		{Range{Subnet: netip.MustParsePrefix("10.0.0.0/8"), Start: netip.MustParseAddr("10.1.0.0"), End: netip.MustParseAddr("10.1.0.9")}, 10},
+		{Range{Subnet: netip.MustParsePrefix("10.0.0.0/8"), Start: netip.MustParseAddr("10.1.0.0"),
+			End: netip.MustParseAddr("10.1.0.9")}, 10},
 		{Range{Subnet: netip.MustParsePrefix("10.0.0.0/24"), Gateway: netip.MustParseAddr("10.0.0.9")}, 253},
 	} {
 		s := newSpan(tt.r)
@@ -104,7 +105,8 @@ func TestRangeSizes(t *testing.T) {
 		}
 	}
 	for _, bad := range []Range{
-		{}, {Subnet: netip.MustParsePrefix("10.0.0.0/24"), Start: netip.MustParseAddr("10.0.0.9"), End: netip.MustParseAddr("10.0.0.8")},
+		{}, {Subnet: netip.MustParsePrefix("10.0.0.0/24"), Start: netip.MustParseAddr("10.0.0.9"),
+			End: netip.MustParseAddr("10.0.0.8")},
 		{Subnet: netip.MustParsePrefix("10.0.0.0/24"), Start: netip.MustParseAddr("10.0.1.9")},
 		{Subnet: netip.MustParsePrefix("10.0.0.0/24"), Exclude: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16")}},
 	} {
@@ -134,7 +136,8 @@ func TestOwnerKeepsItsAddresses(t *testing.T) {
 }
 
 func TestReleasedAddressRests(t *testing.T) {
-	r := Range{Subnet: netip.MustParsePrefix("10.0.0.0/29"), Start: netip.MustParseAddr("10.0.0.2"), End: netip.MustParseAddr("10.0.0.3")}
+	r := Range{Subnet: netip.MustParsePrefix("10.0.0.0/29"), Start: netip.MustParseAddr("10.0.0.2"),
+		End: netip.MustParseAddr("10.0.0.3")}
 	p, c := testPool(t, t.TempDir(), time.Minute, r)
 	first := reserve(t, p, 1)
 	release(t, p, 1)
@@ -149,7 +152,8 @@ func TestReleasedAddressRests(t *testing.T) {
 	if u := full.Ranges[0]; u.Size != 2 || u.Used != 1 || u.Resting != 1 || !u.Full() {
 		t.Errorf("figures of the error: %+v", u)
 	}
-	if want := "10.0.0.0/29 (10.0.0.2 to 10.0.0.3): 2 addresses, 1 in use, 1 released less than 1m0s ago"; !strings.Contains(err.Error(), want) {
+	want := "10.0.0.0/29 (10.0.0.2 to 10.0.0.3): 2 addresses, 1 in use, 1 released less than 1m0s ago"
+	if !strings.Contains(err.Error(), want) {
 		t.Errorf("error %q does not say %q", err, want)
 	}
 	c.t += time.Minute

@@ -155,8 +155,8 @@ func (s *state) pickUnused(sp *span, q *queue) (candidate, error) {
 	return candidate{}, q.move(q.head, netip.Addr{})
 }
 
-// pickRested returns the address that has rested longest, if it has rested enough, or a zero candidate. A release in the future is
-// one before a reboot that the state outlived.
+// pickRested returns the address that has rested longest, if it has rested enough, or a zero candidate. A release in the
+// future is one before a reboot that the state outlived.
 func (s *state) pickRested(q *queue) (candidate, error) {
 	for {
 		e, ok, err := q.first()

@@ -1,6 +1,7 @@
 package conntrack
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 
@@ -154,6 +155,24 @@ func TestDeleteLeavesAFlowThatTookTheDeletedOnesPlace(t *testing.T) {
 				t.Errorf("deletion: %v, %d flows left, want 0", err, len(ports(t)))
 			}
 		}
+	})
+}
+
+// What a kernel without CTA_FILTER sees is the same message less that attribute.
+func TestKernelWithoutTheFilterDeletesNothing(t *testing.T) {
+	nettest.NewNS(t, "ct").Do(t, func() {
+		table(t)
+		addr := netip.MustParseAddr("10.0.0.8")
+		filters := append(addressFilters(netip.MustParseAddr("10.0.0.1")),
+			udpPortFilter(unix.AF_INET, 8053, addr, true), udpPortFilter(unix.AF_INET, 8053, netip.Addr{}, false))
+		for _, f := range filters {
+			req := request(nl.IPCTNL_MSG_CT_DELETE, f.family, unix.NLM_F_ACK)
+			req.AddData(f.tuple)
+			if _, err := req.Execute(unix.NETLINK_NETFILTER, 0); !errors.Is(err, unix.EINVAL) {
+				t.Errorf("flags %#x: %v, want EINVAL", f.flags, err)
+			}
+		}
+		wantGone(t)
 	})
 }
 

@@ -157,13 +157,15 @@ func Alive(all []*attachment.Attachment) []*attachment.Attachment {
 func check(a *attachment.Attachment) error {
 	for _, m := range a.PortMappings {
 		if m.HostIP == netip.IPv6Loopback() {
-			return fmt.Errorf("hostIP %s: the kernel routes no packet from there to a pod; use 127.0.0.1 or an address of the node", m.HostIP)
+			return fmt.Errorf("hostIP %s: the kernel routes no packet from there to a pod; "+
+				"use 127.0.0.1 or an address of the node", m.HostIP)
 		}
 		if !m.HostIP.IsValid() {
 			continue
 		}
 		if family := rule.FamilyOf(m.HostIP); !hasFamily(a, family) {
-			return fmt.Errorf("hostIP %s: the pod has no %s address; leave hostIP out or name one of the other family", m.HostIP, family)
+			return fmt.Errorf("hostIP %s: the pod has no %s address; leave hostIP out or name one of the other family",
+				m.HostIP, family)
 		}
 	}
 	return nil

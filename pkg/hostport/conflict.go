@@ -24,7 +24,8 @@ func (e *ConflictError) Error() string {
 	if e.Process {
 		advice = `stop it, choose another hostPort, or set "hostPortConflict": "ignore"`
 	}
-	return fmt.Sprintf("host port %d/%s on %s is in use by %s; %s", e.Mapping.HostPort, e.Mapping.Protocol, host, e.Owner, advice)
+	return fmt.Sprintf("host port %d/%s on %s is in use by %s; %s",
+		e.Mapping.HostPort, e.Mapping.Protocol, host, e.Owner, advice)
 }
 
 // Conflicts returns a *[ConflictError] if another attachment, or with processes set a process of the node, has one of the
@@ -104,10 +105,10 @@ func takes(s socket, m attachment.PortMapping, a *attachment.Attachment) bool {
 		if !covers(m, a, family) || !s.in(family) {
 			continue
 		}
-		any := !m.HostIP.IsValid() || m.HostIP.IsUnspecified()
+		everywhere := !m.HostIP.IsValid() || m.HostIP.IsUnspecified()
 		switch {
-		case s.addr.IsLoopback() && any:
-		case s.addr.IsUnspecified() || any || s.addr == m.HostIP:
+		case s.addr.IsLoopback() && everywhere:
+		case s.addr.IsUnspecified() || everywhere || s.addr == m.HostIP:
 			return true
 		}
 	}

@@ -43,7 +43,8 @@ func (r restore) Write(_ context.Context, want *rule.State) error {
 		for _, h := range want.Hooks {
 			line := ruleText(h.Rule)
 			if h.Table == table {
-				if _, err := r.ns.Try(r.name, append([]string{"-t", string(table), "-C", h.Chain}, strings.Fields(line)...)...); err != nil {
+				check := append([]string{"-t", string(table), "-C", h.Chain}, strings.Fields(line)...)
+				if _, err := r.ns.Try(r.name, check...); err != nil {
 					fmt.Fprintf(&b, "-I %s 1 %s\n", h.Chain, line)
 				}
 			}
@@ -121,7 +122,8 @@ type node struct {
 func newNode(t *testing.T, backend string) *node {
 	n := &node{host: nettest.NewNS(t, "node"), machine: nettest.NewNS(t, "machine"), pods: map[int]*nettest.NS{}}
 	nettest.Link(t,
-		nettest.End{NS: n.host, Name: "eth0", Addresses: nettest.Prefixes("192.0.2.1/24", "192.0.2.11/24", "fd00:2::1/64", "fd00:2::11/64")},
+		nettest.End{NS: n.host, Name: "eth0",
+			Addresses: nettest.Prefixes("192.0.2.1/24", "192.0.2.11/24", "fd00:2::1/64", "fd00:2::11/64")},
 		nettest.End{NS: n.machine, Name: "eth0", Addresses: nettest.Prefixes("192.0.2.2/24", "fd00:2::2/64")})
 	n.host.Do(t, func() {
 		for _, path := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
@@ -141,7 +143,8 @@ func newNode(t *testing.T, backend string) *node {
 		n.pods[i].Run(t, "ip", "route", "add", "169.254.1.1", "dev", "eth0")
 		n.pods[i].Run(t, "ip", "route", "add", "default", "via", "169.254.1.1", "dev", "eth0")
 		n.pods[i].Run(t, "ip", "route", "add", "default", "via", "fe80::1", "dev", "eth0")
-		n.pods[i].Run(t, "ip", "neigh", "replace", "169.254.1.1", "lladdr", macOf(t, n.host, link), "dev", "eth0", "nud", "permanent")
+		n.pods[i].Run(t, "ip", "neigh", "replace", "169.254.1.1",
+			"lladdr", macOf(t, n.host, link), "dev", "eth0", "nud", "permanent")
 	}
 	n.env = Env{Tables: func(f rule.Family) (Tables, error) {
 		name := map[rule.Family]string{rule.IPv4: "iptables-", rule.IPv6: "ip6tables-"}[f] + backend

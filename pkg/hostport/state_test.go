@@ -18,8 +18,10 @@ import (
 func pod(n int, mappings ...string) *attachment.Attachment {
 	a := &attachment.Attachment{
 		ContainerID: fmt.Sprintf("c%d", n), IfName: "eth0", HostInterface: fmt.Sprintf("pst%d", n),
-		Pod:           attachment.Pod{Namespace: "team", Name: fmt.Sprintf("p%d", n)},
-		Addresses:     []netip.Addr{netip.MustParseAddr(fmt.Sprintf("10.244.1.%d", n)), netip.MustParseAddr(fmt.Sprintf("fd00:1::%d", n))},
+		Pod: attachment.Pod{Namespace: "team", Name: fmt.Sprintf("p%d", n)},
+		Addresses: []netip.Addr{
+			netip.MustParseAddr(fmt.Sprintf("10.244.1.%d", n)), netip.MustParseAddr(fmt.Sprintf("fd00:1::%d", n)),
+		},
 		NodeAddresses: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("fd00:2::1")},
 		Created:       time.Unix(int64(n), 0),
 	}
@@ -53,7 +55,8 @@ func TestStateDoesNotDependOnTheOrderOfRecords(t *testing.T) {
 func TestNewerSandboxOfAPodSupersedesTheOlder(t *testing.T) {
 	old, fresh := pod(1, "80:80/tcp"), pod(2, "80:80/tcp")
 	fresh.HostInterface = old.HostInterface
-	if got, want := State(rule.IPv4, []*attachment.Attachment{fresh, old}), State(rule.IPv4, []*attachment.Attachment{fresh}); !reflect.DeepEqual(got, want) {
+	got := State(rule.IPv4, []*attachment.Attachment{fresh, old})
+	if want := State(rule.IPv4, []*attachment.Attachment{fresh}); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v\nwant %v", got, want)
 	}
 	if err := Conflicts(fresh, []*attachment.Attachment{old}, false); err != nil {

@@ -20,8 +20,8 @@ const module = "github.com/postern-cni/postern/"
 var tiers = [][]string{
 	{"pkg/rule", "pkg/object", "pkg/attachment", "pkg/conntrack", "pkg/metrics"},
 	{"pkg/gate", "pkg/iptables", "pkg/ipset", "pkg/policy", "pkg/explain", "pkg/ipam", "pkg/podlink"},
-	{"pkg/hostport", "pkg/compile", "pkg/cluster", "pkg/cniconf"},
-	{"pkg/attach", "pkg/dataplane"},
+	{"pkg/hostport", "pkg/compile", "pkg/cluster", "pkg/cniconf", "pkg/dataplane"},
+	{"pkg/attach"},
 	{"pkg/engine"},
 	{"plugin", "policyd"},
 }

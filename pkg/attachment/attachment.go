@@ -64,7 +64,9 @@ type Attachment struct {
 	// traffic is translated to where it must be.
 	NodeAddresses []netip.Addr  `json:"nodeAddresses,omitempty"`
 	PortMappings  []PortMapping `json:"portMappings,omitempty"`
-	Created       time.Time     `json:"created"`
+	// IPAM is the plugin that gave the addresses; empty for our own.
+	IPAM    string    `json:"ipam,omitempty"`
+	Created time.Time `json:"created"`
 }
 
 // Key names the attachment: container ID and interface, all that a DEL is sure to have.

@@ -1,0 +1,91 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/postern-cni/postern/pkg/ipset"
+	"github.com/postern-cni/postern/pkg/iptables"
+	"github.com/postern-cni/postern/pkg/rule"
+)
+
+// Cleanup removes every chain, hook and set of ours, in both families and in every backend that is installed, and touches
+// nothing else. Calling it again is no error.
+func Cleanup(ctx context.Context) error {
+	var errs []error
+	for _, backend := range []iptables.Backend{iptables.NFT, iptables.Legacy} {
+		for _, v := range rule.Families {
+			t, err := iptables.New(backend, v)
+			if err != nil {
+				continue // a backend that is not installed holds nothing
+			}
+			if err := cleanTables(ctx, t); err != nil {
+				errs = append(errs, fmt.Errorf("clean up %s %s: %w", backend, v, err))
+			}
+		}
+	}
+	return errors.Join(append(errs, cleanSets())...)
+}
+
+func cleanTables(ctx context.Context, t *iptables.Tables) error {
+	var changes []iptables.Change
+	for _, table := range tables {
+		if there, err := exists(t, table); err != nil {
+			return err
+		} else if !there {
+			continue
+		}
+		a, err := t.Save(ctx, table)
+		if err != nil {
+			return err
+		}
+		c := iptables.Change{Table: table, Delete: slices.Sorted(maps.Keys(a.Chains))}
+		for _, h := range a.Hooks {
+			c.Unhook = append(c.Unhook, rule.Hook{Table: table, Chain: h.Chain, Rule: h.Rule})
+		}
+		changes = append(changes, c)
+	}
+	return t.Restore(ctx, iptables.Render(changes...))
+}
+
+// exists asks whether a legacy table is there, since looking into it would make it.
+func exists(t *iptables.Tables, table rule.Table) (bool, error) {
+	if t.Backend != iptables.Legacy {
+		return true, nil
+	}
+	file := "/proc/thread-self/net/ip_tables_names"
+	if t.Family == rule.IPv6 {
+		file = "/proc/thread-self/net/ip6_tables_names"
+	}
+	text, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read the names of legacy tables: %w", err)
+	}
+	return slices.Contains(strings.Fields(string(text)), string(table)), nil
+}
+
+func cleanSets() error {
+	sets, err := ipset.Open()
+	if err != nil {
+		return err
+	}
+	defer sets.Close()
+	list, err := sets.List(rule.SetPrefix)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, s := range list {
+		errs = append(errs, sets.Destroy(s.Name))
+	}
+	return errors.Join(errs...)
+}

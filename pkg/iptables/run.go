@@ -1,0 +1,166 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/postern-cni/postern/pkg/rule"
+)
+
+// Backend is one of the two implementations of iptables; each sees its own rules alone.
+type Backend string
+
+const (
+	NFT    Backend = "nft"
+	Legacy Backend = "legacy"
+)
+
+// Errors that callers decide on; each comes wrapped with the command's own words.
+var (
+	ErrLocked     = errors.New("another program holds the xtables lock")
+	ErrMissingSet = errors.New("a set that a rule names does not exist")
+)
+
+// LineError is a restore that was refused because of one line of its text; nothing of that line's table has changed.
+type LineError struct {
+	Line int    // from 1
+	Text string // the line
+	Why  string // what iptables-restore says
+}
+
+func (e *LineError) Error() string { return fmt.Sprintf("line %d, %q: %s", e.Line, e.Text, e.Why) }
+
+// DefaultWait is how long a restore waits for the xtables lock (legacy).
+const DefaultWait = 5 * time.Second
+
+// Tables runs the programs of one backend and family in the caller's network namespace.
+type Tables struct {
+	Backend Backend
+	Family  rule.Family
+	Wait    time.Duration // for the lock; DefaultWait if 0
+	// Inherit are files that the child keeps open: locks that must not be free before it has ended.
+	Inherit []*os.File
+
+	restore, save string
+}
+
+// New finds the backend's programs. The error says which is missing.
+func New(backend Backend, family rule.Family) (*Tables, error) {
+	if backend != NFT && backend != Legacy {
+		return nil, fmt.Errorf("iptables backend %q: nft and legacy are known", backend)
+	}
+	prefix := "iptables-"
+	if family == rule.IPv6 {
+		prefix = "ip6tables-"
+	}
+	t := &Tables{Backend: backend, Family: family}
+	for _, p := range []struct {
+		to   *string
+		verb string
+	}{{&t.restore, "-restore"}, {&t.save, "-save"}} {
+		name := prefix + string(backend) + p.verb
+		path, err := exec.LookPath(name)
+		if err != nil {
+			return nil, fmt.Errorf("find %s: %w; install iptables 1.8 or newer", name, err)
+		}
+		*p.to = path
+	}
+	return t, nil
+}
+
+// Restore runs text, as [Render] makes it, with --noflush. Empty text runs nothing.
+func (t *Tables) Restore(ctx context.Context, text string) error {
+	if text == "" {
+		return nil
+	}
+	args := []string{"--noflush"}
+	if t.Backend == Legacy {
+		wait := t.Wait
+		if wait == 0 {
+			wait = DefaultWait
+		}
+		args = append(args, "-w", strconv.Itoa(max(1, int(wait/time.Second))))
+	}
+	_, err := t.run(ctx, t.restore, strings.NewReader(text), args...)
+	if err != nil {
+		return fmt.Errorf("%s: %w", t.restore, refine(err, text))
+	}
+	return nil
+}
+
+// Save reads our part of a table.
+func (t *Tables) Save(ctx context.Context, table rule.Table) (*Actual, error) {
+	out, err := t.run(ctx, t.save, nil, "-t", string(table))
+	if err != nil {
+		return nil, fmt.Errorf("%s -t %s: %w", t.save, table, err)
+	}
+	if a := Parse(out, t.Family)[table]; a != nil {
+		return a, nil
+	}
+	return &Actual{Chains: map[string][]rule.Rule{}}, nil // legacy prints nothing for a table that was never used
+}
+
+// commandError is a program that did not exit with 0.
+type commandError struct {
+	code   int
+	stderr string
+	err    error
+}
+
+func (e *commandError) Error() string { return fmt.Sprintf("%v: %s", e.err, e.stderr) }
+func (e *commandError) Unwrap() error { return e.err }
+
+// run runs a program that dies with this one. The kernel sends Pdeathsig when the thread that forked ends, so the
+// goroutine keeps its thread until the program has ended.
+func (t *Tables) run(ctx context.Context, path string, stdin *strings.Reader, args ...string) (string, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd := exec.CommandContext(ctx, path, args...)
+	if stdin != nil {
+		cmd.Stdin = stdin
+	}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd.ExtraFiles = t.Inherit
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Run(); err != nil {
+		return "", &commandError{cmd.ProcessState.ExitCode(), strings.TrimSpace(stderr.String()), err}
+	}
+	return stdout.String(), nil
+}
+
+var (
+	lineNumber = regexp.MustCompile(`line:? (\d+)`)
+	noSet      = regexp.MustCompile(`Set \S+ doesn't exist`)
+)
+
+// refine gives the errors that callers decide on a type. Exit status 4 is a resource problem, the lock among them.
+func refine(err error, text string) error {
+	var c *commandError
+	if !errors.As(err, &c) {
+		return err
+	}
+	switch {
+	case c.code == 4 && strings.Contains(c.stderr, "xtables lock"):
+		return fmt.Errorf("%w: %s", ErrLocked, c.stderr)
+	case noSet.MatchString(c.stderr):
+		return fmt.Errorf("%w: %s", ErrMissingSet, c.stderr)
+	}
+	if m := lineNumber.FindStringSubmatch(c.stderr); m != nil {
+		n, _ := strconv.Atoi(m[1])
+		if lines := strings.Split(text, "\n"); n >= 1 && n <= len(lines) {
+			return &LineError{Line: n, Text: lines[n-1], Why: c.stderr}
+		}
+	}
+	return err
+}

@@ -1,0 +1,99 @@
+package podlink
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Check compares the kernel with what Create made. The error joins everything that is missing or different.
+func Check(l Link) error {
+	pod, err := ns.GetNS(l.NetNS)
+	if err != nil {
+		return fmt.Errorf("check link %s: %w", l.HostInterface, err)
+	}
+	defer pod.Close()
+	errs := []error{checkHost(l)}
+	errs = append(errs, pod.Do(func(ns.NetNS) error { return checkPod(l) }))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("check link %s: %w", l.HostInterface, err)
+	}
+	return nil
+}
+
+func checkHost(l Link) error {
+	host, err := netlink.LinkByName(l.HostInterface)
+	if err != nil {
+		return fmt.Errorf("the node's end: %w", err)
+	}
+	errs := checkLink("the node's end", host, l.HostMAC, l.MTU)
+	if alias := host.Attrs().Alias; alias != l.Key().String() {
+		errs = append(errs, fmt.Errorf("the node's end belongs to %q", alias))
+	}
+	for _, a := range l.Addresses {
+		if !hasRoute(host.Attrs().Index, single(a)) {
+			errs = append(errs, fmt.Errorf("the node has no route to %s over the link", a))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func checkLink(end string, link netlink.Link, mac string, mtu int) (errs []error) {
+	a := link.Attrs()
+	if a.Flags&net.FlagUp == 0 {
+		errs = append(errs, fmt.Errorf("%s is down", end))
+	}
+	if a.HardwareAddr.String() != mac {
+		errs = append(errs, fmt.Errorf("%s has the MAC %s, not %s", end, a.HardwareAddr, mac))
+	}
+	if a.MTU != mtu {
+		errs = append(errs, fmt.Errorf("%s has the MTU %d, not %d", end, a.MTU, mtu))
+	}
+	return errs
+}
+
+func checkPod(l Link) error {
+	link, err := netlink.LinkByName(l.IfName)
+	if err != nil {
+		return fmt.Errorf("the pod's end: %w", err)
+	}
+	// Plugins that follow in the list (tuning) may give the pod's end another MAC or MTU: those are theirs.
+	errs := checkLink("the pod's end", link, link.Attrs().HardwareAddr.String(), link.Attrs().MTU)
+	addrs, err := netlink.AddrList(link, unix.AF_UNSPEC)
+	if err != nil {
+		return fmt.Errorf("list the pod's addresses: %w", err)
+	}
+	for _, want := range l.Addresses {
+		found := false
+		for _, a := range addrs {
+			got, ok := netip.AddrFromSlice(a.IP)
+			found = found || ok && got.Unmap() == want
+		}
+		if !found {
+			errs = append(errs, fmt.Errorf("the pod's end does not have the address %s", want))
+		}
+		for _, r := range podRoutes(l, link.Attrs().Index, want) {
+			dst, _ := netip.AddrFromSlice(r.Dst.IP)
+			ones, _ := r.Dst.Mask.Size()
+			if ones > 0 && !hasRoute(r.LinkIndex, netip.PrefixFrom(dst, ones)) {
+				errs = append(errs, fmt.Errorf("the pod has no route to %s", r.Dst))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func hasRoute(link int, dst netip.Prefix) bool {
+	family := unix.AF_INET6
+	if dst.Addr().Is4() {
+		family = unix.AF_INET
+	}
+	found, err := netlink.RouteListFiltered(family, &netlink.Route{LinkIndex: link, Dst: ipNet(dst)},
+		netlink.RT_FILTER_OIF|netlink.RT_FILTER_DST)
+	return err == nil && len(found) > 0
+}

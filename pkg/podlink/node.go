@@ -1,0 +1,163 @@
+package podlink
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/postern-cni/postern/pkg/attachment"
+)
+
+// Destinations of the documentation blocks (RFC 5737, RFC 3849): asking for the route there finds the default route's source.
+var far = map[bool]net.IP{true: net.IPv4(192, 0, 2, 1).To4(), false: net.ParseIP("2001:db8::1")}
+
+// NodeAddresses finds the node's own address in each family that pods have: the source of its default route, else the first
+// address of global scope on a link that is no pod's. A family in which there is none is left out.
+func NodeAddresses(pods []netip.Addr) ([]netip.Addr, error) {
+	var found []netip.Addr
+	for _, v4 := range []bool{true, false} {
+		wanted := false
+		for _, a := range pods {
+			wanted = wanted || a.Is4() == v4
+		}
+		if !wanted {
+			continue
+		}
+		a, err := nodeAddress(v4)
+		if err != nil {
+			return nil, err
+		}
+		if a.IsValid() {
+			found = append(found, a)
+		}
+	}
+	return found, nil
+}
+
+func nodeAddress(v4 bool) (netip.Addr, error) {
+	if a, _ := defaultSource(v4); a.IsValid() {
+		return a, nil
+	}
+	links, err := links()
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	addrs, err := addresses(v4)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	for _, a := range addrs {
+		addr, ok := netip.AddrFromSlice(a.IP)
+		if ok && a.Scope == unix.RT_SCOPE_UNIVERSE && links[a.LinkIndex] != nil && addr.Unmap().IsGlobalUnicast() {
+			return addr.Unmap(), nil
+		}
+	}
+	return netip.Addr{}, nil
+}
+
+// defaultSource is the source address of the default route, and its link's index; invalid where there is no such route. It
+// costs the same however many pods there are.
+func defaultSource(v4 bool) (netip.Addr, int) {
+	routes, err := netlink.RouteGet(far[v4])
+	if err != nil || len(routes) == 0 {
+		return netip.Addr{}, 0
+	}
+	a, ok := netip.AddrFromSlice(routes[0].Src)
+	link, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	if !ok || err != nil || pods(link.Attrs().Name) || link.Attrs().Flags&net.FlagLoopback != 0 {
+		return netip.Addr{}, 0
+	}
+	return a.Unmap(), routes[0].LinkIndex
+}
+
+// whole repeats a dump until nothing changed under it: the kernel marks one that may have gaps (NLM_F_DUMP_INTR), which is
+// common while many pods come.
+func whole[T any](dump func() ([]T, error)) (list []T, err error) {
+	const tries = 100
+	for range tries {
+		if list, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return list, err
+		}
+	}
+	return list, err
+}
+
+// links returns those that are neither loopback nor a pod's, by index.
+func links() (map[int]netlink.Link, error) {
+	list, err := whole(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	out := map[int]netlink.Link{}
+	for _, l := range list {
+		if !pods(l.Attrs().Name) && l.Attrs().Flags&net.FlagLoopback == 0 {
+			out[l.Attrs().Index] = l
+		}
+	}
+	return out, nil
+}
+
+// pods reports whether a link's name is one that we give.
+func pods(name string) bool {
+	return strings.HasPrefix(name, attachment.GuardedPrefix) || strings.HasPrefix(name, attachment.UnguardedPrefix)
+}
+
+func addresses(v4 bool) ([]netlink.Addr, error) {
+	family := unix.AF_INET6
+	if v4 {
+		family = unix.AF_INET
+	}
+	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	return addrs, nil
+}
+
+// Uplink is the link that holds the node's address of a family; nil if none does.
+func Uplink(nodeAddresses []netip.Addr, v4 bool) (netlink.Link, error) {
+	for _, node := range nodeAddresses {
+		if node.Is4() != v4 {
+			continue
+		}
+		if a, index := defaultSource(v4); a == node {
+			return netlink.LinkByIndex(index)
+		}
+		addrs, err := addresses(v4)
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range addrs {
+			if addr, ok := netip.AddrFromSlice(a.IP); ok && addr.Unmap() == node {
+				return netlink.LinkByIndex(a.LinkIndex)
+			}
+		}
+	}
+	return nil, nil
+}
+
+// DefaultMTU is a pod's where the node has no address to take it from.
+const DefaultMTU = 1500
+
+// MTU is that of the link with the node's address; of two, the smaller.
+func MTU(nodeAddresses []netip.Addr) (int, error) {
+	mtu := 0
+	for _, v4 := range []bool{true, false} {
+		link, err := Uplink(nodeAddresses, v4)
+		if err != nil {
+			return 0, err
+		}
+		if link != nil && (mtu == 0 || link.Attrs().MTU < mtu) {
+			mtu = link.Attrs().MTU
+		}
+	}
+	if mtu == 0 || mtu > 65535 {
+		return DefaultMTU, nil
+	}
+	return mtu, nil
+}

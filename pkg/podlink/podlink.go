@@ -1,0 +1,319 @@
+package podlink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/containernetworking/plugins/pkg/ns"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/postern-cni/postern/pkg/attachment"
+)
+
+// Gateways of every pod, one of each family: the node's end answers for them.
+var (
+	Gateway4 = netip.AddrFrom4([4]byte{169, 254, 1, 1})
+	Gateway6 = netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 15: 1})
+)
+
+// Gateway returns the pod's gateway in the family of an address.
+func Gateway(of netip.Addr) netip.Addr {
+	if of.Is4() {
+		return Gateway4
+	}
+	return Gateway6
+}
+
+// Link is what to wire: the attachment, and routes in the pod besides the default one.
+type Link struct {
+	*attachment.Attachment
+	Routes []netip.Prefix
+}
+
+// retryFor is how long Create waits for a name that the kernel has not let go of: after a namespace went away with its
+// links, that takes up to some 50 ms when many go together.
+const retryFor = time.Second
+
+// Create makes the link in the calling thread's network namespace and the container's. A link of the same name that an older
+// sandbox of the pod left is taken over. On failure [Delete] removes what was made.
+func Create(ctx context.Context, l Link) error {
+	if err := create(ctx, l); err != nil {
+		return fmt.Errorf("link %s to %s in %s: %w", l.HostInterface, l.IfName, l.NetNS, err)
+	}
+	return nil
+}
+
+func create(ctx context.Context, l Link) error {
+	pod, err := ns.GetNS(l.NetNS)
+	if err != nil {
+		return err
+	}
+	defer pod.Close()
+	if err := forwarding(l); err != nil {
+		return err
+	}
+	host, err := addVeth(ctx, l, pod)
+	if err != nil {
+		return err
+	}
+	if err := hostSysctls(l); err != nil {
+		return err
+	}
+	if err := hostEnd(l, host); err != nil {
+		return err
+	}
+	if err := pod.Do(func(ns.NetNS) error { return podEnd(l) }); err != nil {
+		return fmt.Errorf("the pod's end: %w", err)
+	}
+	return hostRoutes(l, host) // last: from here on packets reach a pod that can answer
+}
+
+// addVeth makes the pair, both ends down, the pod's end in its namespace under its final name.
+func addVeth(ctx context.Context, l Link, pod ns.NetNS) (netlink.Link, error) {
+	err := pod.Do(func(ns.NetNS) error {
+		if _, err := netlink.LinkByName(l.IfName); err == nil {
+			return fmt.Errorf("the pod has an interface %s already; another plugin of the list may have made it", l.IfName)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	hostMAC, errHost := net.ParseMAC(l.HostMAC)
+	podMAC, errPod := net.ParseMAC(l.PodMAC)
+	if err := errors.Join(errHost, errPod); err != nil {
+		return nil, err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU, attrs.HardwareAddr = l.HostInterface, l.MTU, hostMAC
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: l.IfName, PeerHardwareAddr: podMAC,
+		PeerMTU: uint32(l.MTU), PeerNamespace: netlink.NsFd(int(pod.Fd()))}
+	deadline := time.Now().Add(retryFor)
+	for {
+		if err := removeOld(l.HostInterface); err != nil {
+			return nil, err
+		}
+		err := netlink.LinkAdd(veth)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EEXIST) || time.Now().After(deadline) {
+			return nil, fmt.Errorf("create the veth: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("create the veth: %w, and %w", err, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	host, err := netlink.LinkByName(l.HostInterface)
+	if err != nil {
+		return nil, fmt.Errorf("find the new link: %w", err)
+	}
+	if err := netlink.LinkSetAlias(host, l.Key().String()); err != nil {
+		return nil, fmt.Errorf("set the alias: %w", err)
+	}
+	return host, nil
+}
+
+// removeOld removes what has the name: the link of an older sandbox of the same pod, or of an ADD that was killed.
+func removeOld(name string) error {
+	old, err := netlink.LinkByName(name)
+	if notFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look for an older link: %w", err)
+	}
+	if err := netlink.LinkDel(old); err != nil && !gone(err) {
+		return fmt.Errorf("remove the older sandbox's link: %w", err)
+	}
+	return nil
+}
+
+func notFound(err error) bool {
+	var e netlink.LinkNotFoundError
+	return errors.As(err, &e)
+}
+
+func gone(err error) bool { return errors.Is(err, unix.ENODEV) || notFound(err) }
+
+// hostEnd sets the node's end up; IPv6 neighbours need its link-local address, IPv4 needs none.
+func hostEnd(l Link, host netlink.Link) error {
+	if err := netlink.LinkSetUp(host); err != nil {
+		return fmt.Errorf("set the node's end up: %w", err)
+	}
+	for _, a := range l.Addresses {
+		if a.Is6() {
+			gateway := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(Gateway6, 64)), Flags: unix.IFA_F_NODAD}
+			if err := netlink.AddrAdd(host, gateway); err != nil && !errors.Is(err, unix.EEXIST) {
+				return fmt.Errorf("add %s to the node's end: %w", Gateway6, err)
+			}
+			break
+		}
+	}
+	return nil
+}
+
+// hostRoutes leads the pod's addresses to the link.
+func hostRoutes(l Link, host netlink.Link) error {
+	mac, err := net.ParseMAC(l.PodMAC)
+	if err != nil {
+		return err
+	}
+	for _, a := range l.Addresses {
+		if err := netlink.NeighSet(neighbour(host, a, mac)); err != nil {
+			return fmt.Errorf("set the neighbour %s: %w", a, err)
+		}
+		route := &netlink.Route{LinkIndex: host.Attrs().Index, Dst: ipNet(single(a)), Scope: netlink.SCOPE_LINK}
+		for _, node := range l.NodeAddresses {
+			if node.Is4() == a.Is4() {
+				route.Src = node.AsSlice()
+			}
+		}
+		if err := netlink.RouteReplace(route); err != nil {
+			return fmt.Errorf("set the route to %s: %w", a, err)
+		}
+	}
+	return nil
+}
+
+// podEnd runs in the pod's namespace.
+func podEnd(l Link) error {
+	if err := podSysctls(l); err != nil {
+		return err
+	}
+	link, err := netlink.LinkByName(l.IfName)
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set up: %w", err)
+	}
+	mac, err := net.ParseMAC(l.HostMAC)
+	if err != nil {
+		return err
+	}
+	for _, a := range l.Addresses {
+		if err := podAddress(l, link, a, mac); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func podAddress(l Link, link netlink.Link, a netip.Addr, hostMAC net.HardwareAddr) error {
+	addr := &netlink.Addr{IPNet: ipNet(single(a))}
+	if a.Is6() {
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	if err := netlink.AddrAdd(link, addr); err != nil {
+		return fmt.Errorf("add %s: %w", a, err)
+	}
+	if err := netlink.NeighSet(neighbour(link, Gateway(a), hostMAC)); err != nil {
+		return fmt.Errorf("set the neighbour %s: %w", Gateway(a), err)
+	}
+	for _, r := range podRoutes(l, link.Attrs().Index, a) {
+		add := netlink.RouteAdd
+		if r.Gw == nil {
+			add = netlink.RouteAppend // every interface has its own way to the one gateway
+		}
+		if err := add(&r); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add the route to %v: %w", r.Dst, err)
+		}
+	}
+	return nil
+}
+
+// podRoutes are the routes of a family: the gateway itself, the default, and what the configuration adds. A second interface
+// finds the default route taken and leaves it.
+func podRoutes(l Link, index int, a netip.Addr) []netlink.Route {
+	gateway, zero := Gateway(a), netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	var routes []netlink.Route
+	if a.Is4() {
+		zero = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		routes = append(routes, netlink.Route{LinkIndex: index, Dst: ipNet(single(gateway)), Scope: netlink.SCOPE_LINK,
+			Src: a.AsSlice()})
+	}
+	for _, dst := range append([]netip.Prefix{zero}, l.Routes...) {
+		if dst.Addr().Is4() == a.Is4() {
+			routes = append(routes, netlink.Route{LinkIndex: index, Dst: ipNet(dst), Gw: gateway.AsSlice(), Src: a.AsSlice(),
+				Flags: int(netlink.FLAG_ONLINK)})
+		}
+	}
+	return routes
+}
+
+// Delete removes the link if it belongs to the attachment: by its alias, or because it has none yet, which only a killed ADD
+// leaves. That there is no such link is no error; nor is it that the pod's namespace has taken it along meanwhile. The caller
+// holds the lock of the host interface.
+func Delete(hostInterface string, owner attachment.Key) error {
+	link, err := netlink.LinkByName(hostInterface)
+	if notFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("delete link %s: %w", hostInterface, err)
+	}
+	if alias := link.Attrs().Alias; alias != "" && alias != owner.String() {
+		return nil
+	}
+	if err := netlink.LinkDel(link); err != nil && !gone(err) {
+		return fmt.Errorf("delete link %s: %w", hostInterface, err)
+	}
+	return nil
+}
+
+// Owned returns the links of ours whose alias is the attachment's key: for a DEL that finds no record.
+func Owned(owner attachment.Key) (names []string, err error) {
+	all, err := Owners()
+	for name, key := range all {
+		if key == owner.String() {
+			names = append(names, name)
+		}
+	}
+	return names, err
+}
+
+// Owners returns every link of ours by name, with the key of its attachment as its alias has it; empty where it has none.
+func Owners() (map[string]string, error) {
+	list, err := whole(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	owners := map[string]string{}
+	for _, l := range list {
+		if pods(l.Attrs().Name) {
+			owners[l.Attrs().Name] = l.Attrs().Alias
+		}
+	}
+	return owners, nil
+}
+
+func neighbour(link netlink.Link, a netip.Addr, mac net.HardwareAddr) *netlink.Neigh {
+	family := unix.AF_INET
+	if a.Is6() {
+		family = unix.AF_INET6
+	}
+	return &netlink.Neigh{LinkIndex: link.Attrs().Index, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(),
+		HardwareAddr: mac}
+}
+
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// DeleteAny removes a link of ours whoever it belongs to.
+func DeleteAny(hostInterface string) error {
+	if err := removeOld(hostInterface); err != nil {
+		return fmt.Errorf("delete link %s: %w", hostInterface, err)
+	}
+	return nil
+}

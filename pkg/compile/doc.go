@@ -1,0 +1,23 @@
+// Package compile makes rules and sets of the policy model, for one family at a time. It is pure: the same model gives the same
+// state, whatever the path that led to it.
+//
+// All filtering is in table mangle, where a DROP is final whatever other software accepts later in filter:
+//
+//	FORWARD            jumps to POSTERN-FORWARD first
+//	POSTERN-FORWARD    from or to a pod link whose (address, interface) is not ready: drop
+//	                   a local pod's address from anywhere else: drop
+//	                   established, and ICMP errors of a flow: return, for other software's rules to see
+//	                   TCP that opens nothing and belongs to nothing, from or to a pod: drop
+//	                   -i pst+ jumps to POSTERN-FROM, then -o pst+ to POSTERN-TO
+//	POSTERN-FROM       not isolated (open set): return; else into the dispatch tree, which ends in a drop
+//	POSTERN-FROM-3a    a branch of the tree: the interfaces pst3a…
+//	PST-E-3a…          the egress of one isolated pod: a return for each allowed (peers, ports); last, a drop
+//	POSTERN-TO, PST-I  the same for ingress
+//
+// The tree is entered with goto, so that a return in a pod's chain means "allowed here" and leads back to POSTERN-FORWARD, where
+// the other direction is judged. Ready comes before established: no packet of a former owner's flow passes to an address's new
+// owner between its link and its guard, and a flushed ready set closes everything.
+//
+// Tables raw and filter hold one chain each: what a pod's link may not send at all, and the acceptance of pod traffic that
+// passed, for hosts whose FORWARD policy is DROP.
+package compile

@@ -1,0 +1,227 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/postern-cni/postern/pkg/object"
+)
+
+// parsed is a policy in a form that can be matched. One that cannot be used has its directions and no rules.
+type parsed struct {
+	name, namespace string
+	pods            labels.Selector
+	ingress, egress bool
+	in, out         []parsedRule
+}
+
+type parsedRule struct {
+	origin  string
+	peers   *peerList // nil: everyone
+	anyPort bool
+	ports   []Port
+	named   []namedPort
+}
+
+type namedPort struct {
+	name     string
+	protocol corev1.Protocol
+}
+
+// peerList is a rule's from or to.
+type peerList struct {
+	selectors []selector
+	blocks    []netip.Prefix
+}
+
+// selector is a peer that selects pods.
+type selector struct {
+	namespace  string          // of the policy, where namespaces is nil
+	namespaces labels.Selector // nil: the policy's namespace alone
+	pods       labels.Selector
+}
+
+func (s selector) matches(pod *object.Pod, namespaces map[string]labels.Set) bool {
+	if s.namespaces == nil {
+		return pod.Namespace == s.namespace && s.pods.Matches(labels.Set(pod.Labels))
+	}
+	of, known := namespaces[pod.Namespace]
+	return known && s.namespaces.Matches(of) && s.pods.Matches(labels.Set(pod.Labels))
+}
+
+func (s selector) key() string {
+	where := "namespace " + s.namespace
+	if s.namespaces != nil {
+		where = "namespaces " + words(s.namespaces)
+	}
+	return "pods " + words(s.pods) + " in " + where
+}
+
+// words is a selector's text; what selects everything is called "all".
+func words(s labels.Selector) string {
+	if s.Empty() {
+		return "all"
+	}
+	return "(" + s.String() + ")"
+}
+
+func (l *peerList) selectorKey() string {
+	keys := make([]string, 0, len(l.selectors))
+	for _, s := range l.selectors {
+		keys = append(keys, s.key())
+	}
+	slices.Sort(keys)
+	return strings.Join(slices.Compact(keys), ", ")
+}
+
+func (l *peerList) key() string { return fmt.Sprint(l.selectorKey(), l.blocks) }
+
+// read parses a policy. With problems, the result is closed: no rules.
+func read(np *networkingv1.NetworkPolicy) (*parsed, []string) {
+	p := &parsed{name: np.Namespace + "/" + np.Name, namespace: np.Namespace}
+	var problems []string
+	p.ingress, p.egress, problems = directions(&np.Spec)
+	var err error
+	if p.pods, err = metav1.LabelSelectorAsSelector(&np.Spec.PodSelector); err != nil {
+		p.pods = labels.Everything() // whom it means is not known, so nobody of its namespace is left open
+		problems = append(problems, "spec.podSelector: "+err.Error()+"; all pods of the namespace are closed")
+	}
+	for i, r := range np.Spec.Ingress {
+		rule, bad := p.rule("ingress", "from", i, r.From, r.Ports)
+		p.in, problems = append(p.in, rule), append(problems, bad...)
+	}
+	for i, r := range np.Spec.Egress {
+		rule, bad := p.rule("egress", "to", i, r.To, r.Ports)
+		p.out, problems = append(p.out, rule), append(problems, bad...)
+	}
+	if len(problems) > 0 {
+		p.in, p.out = nil, nil
+	}
+	return p, problems
+}
+
+func (p *parsed) rule(
+	direction, field string, i int, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort,
+) (parsedRule, []string) {
+	rule := parsedRule{origin: fmt.Sprintf("%s %s %d", p.name, direction, i), anyPort: len(ports) == 0}
+	at := fmt.Sprintf("spec.%s[%d]", direction, i)
+	var problems []string
+	bad := func(where, format string, args ...any) {
+		problems = append(problems, at+"."+where+": "+fmt.Sprintf(format, args...))
+	}
+	for j := range ports {
+		rule.port(&ports[j], func(format string, args ...any) { bad(fmt.Sprintf("ports[%d]", j), format, args...) })
+	}
+	if len(peers) == 0 {
+		return rule, problems
+	}
+	rule.peers = &peerList{}
+	for j := range peers {
+		p.peer(rule.peers, &peers[j], func(format string, args ...any) { bad(fmt.Sprintf("%s[%d]", field, j), format, args...) })
+	}
+	rule.peers.blocks = disjoint(rule.peers.blocks)
+	return rule, problems
+}
+
+func (r *parsedRule) port(port *networkingv1.NetworkPolicyPort, bad func(string, ...any)) {
+	protocol := corev1.ProtocolTCP
+	if port.Protocol != nil {
+		protocol = *port.Protocol
+	}
+	if protocol != corev1.ProtocolTCP && protocol != corev1.ProtocolUDP && protocol != corev1.ProtocolSCTP {
+		bad("protocol %q: TCP, UDP and SCTP are known", protocol)
+	}
+	switch {
+	case port.Port == nil:
+		if port.EndPort != nil {
+			bad("endPort %d without port", *port.EndPort)
+		}
+		r.ports = append(r.ports, Port{protocol, 0, 65535})
+	case port.Port.Type == intstr.String:
+		if port.EndPort != nil {
+			bad("endPort %d beside the named port %q: a range needs a number", *port.EndPort, port.Port.StrVal)
+		}
+		r.named = append(r.named, namedPort{port.Port.StrVal, protocol})
+	default:
+		from, to := port.Port.IntVal, port.Port.IntVal
+		if from < 1 || from > 65535 {
+			bad("port %d is not between 1 and 65535", from)
+		}
+		if port.EndPort != nil {
+			to = *port.EndPort
+			if to < from || to > 65535 {
+				bad("endPort %d is not between port %d and 65535", to, from)
+			}
+		}
+		r.ports = append(r.ports, Port{protocol, uint16(from), uint16(to)})
+	}
+}
+
+func (p *parsed) peer(list *peerList, peer *networkingv1.NetworkPolicyPeer, bad func(string, ...any)) {
+	switch {
+	case peer.IPBlock != nil && (peer.PodSelector != nil || peer.NamespaceSelector != nil):
+		bad("ipBlock stands beside a selector: a peer is one or the other")
+	case peer.IPBlock != nil:
+		list.blocks = append(list.blocks, block(peer.IPBlock, bad)...)
+	case peer.PodSelector == nil && peer.NamespaceSelector == nil:
+		bad("empty: needs podSelector, namespaceSelector or ipBlock")
+	default:
+		s := selector{namespace: p.namespace, pods: labels.Everything()}
+		var err error
+		if peer.NamespaceSelector != nil {
+			s.namespace = ""
+			if s.namespaces, err = metav1.LabelSelectorAsSelector(peer.NamespaceSelector); err != nil {
+				bad("namespaceSelector: %v", err)
+			}
+		}
+		if peer.PodSelector != nil {
+			if s.pods, err = metav1.LabelSelectorAsSelector(peer.PodSelector); err != nil {
+				bad("podSelector: %v", err)
+			}
+		}
+		list.selectors = append(list.selectors, s)
+	}
+}
+
+// block returns the prefixes of an ipBlock without those of its exceptions.
+func block(b *networkingv1.IPBlock, bad func(string, ...any)) []netip.Prefix {
+	whole, err := prefix(b.CIDR)
+	if err != nil {
+		bad("ipBlock.cidr %q: %v", b.CIDR, err)
+		return nil
+	}
+	rest := []netip.Prefix{whole}
+	for i, text := range b.Except {
+		except, err := prefix(text)
+		if err != nil {
+			bad("ipBlock.except[%d] %q: %v", i, text, err)
+			continue
+		}
+		if !whole.Overlaps(except) || except.Bits() < whole.Bits() {
+			bad("ipBlock.except[%d] %q is not inside of %q", i, text, b.CIDR)
+			continue
+		}
+		rest = subtract(rest, except)
+	}
+	return rest
+}
+
+// prefix reads a CIDR; host bits are masked.
+func prefix(text string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(text)
+	if err != nil {
+		return p, err
+	}
+	if p.Addr().Is4In6() {
+		return p, fmt.Errorf("an IPv4 address in IPv6 form; write it as IPv4")
+	}
+	return p.Masked(), nil
+}

@@ -1,0 +1,283 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
+	networkingv1client "k8s.io/client-go/kubernetes/typed/networking/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/pager"
+
+	"github.com/postern-cni/postern/pkg/object"
+)
+
+// API watches an API server. Each object is stripped before it is kept: client-go's reflectors list and watch, and store into
+// a [cacheOf] in place of an informer's queue and indexer.
+type API struct {
+	changes    signal
+	pods       *cacheOf[*object.Pod]
+	namespaces *cacheOf[*object.Namespace]
+	policies   *cacheOf[*networkingv1.NetworkPolicy]
+}
+
+// FromAPI returns a source that lists and watches once it runs.
+func FromAPI(config *rest.Config) (*API, error) {
+	config = rest.CopyConfig(config)
+	config.ContentType = runtime.ContentTypeProtobuf
+	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	core, err := corev1client.NewForConfig(config)
+	if err != nil {
+		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
+	}
+	networking, err := networkingv1client.NewForConfig(config)
+	if err != nil {
+		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
+	}
+	a := &API{changes: newSignal()}
+	a.pods = newCache(a.changes, core.RESTClient(), "pods", &corev1.Pod{},
+		func(o runtime.Object) *object.Pod { return toPod(o.(*corev1.Pod)) })
+	a.namespaces = newCache(a.changes, core.RESTClient(), "namespaces", &corev1.Namespace{},
+		func(o runtime.Object) *object.Namespace { return toNamespace(o.(*corev1.Namespace)) })
+	a.policies = newCache(a.changes, networking.RESTClient(), "networkpolicies", &networkingv1.NetworkPolicy{},
+		func(o runtime.Object) *networkingv1.NetworkPolicy { return toPolicy(o.(*networkingv1.NetworkPolicy)) })
+	return a, nil
+}
+
+// Run implements [Source].
+func (a *API) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for _, run := range []func(context.Context){a.pods.run, a.namespaces.run, a.policies.run} {
+		wg.Go(func() { run(ctx) })
+	}
+	wg.Wait()
+	return nil
+}
+
+// Changes implements [Source].
+func (a *API) Changes() <-chan struct{} { return a.changes }
+
+// Synced implements [Source].
+func (a *API) Synced() bool { return a.pods.synced() && a.namespaces.synced() && a.policies.synced() }
+
+// Snapshot implements [Source].
+func (a *API) Snapshot() object.Cluster {
+	c := object.Cluster{Pods: a.pods.list(), Namespaces: a.namespaces.list(), Policies: a.policies.list()}
+	order(&c)
+	return c
+}
+
+// Problems implements [Source].
+func (a *API) Problems() []string {
+	return slices.Concat(a.pods.problems(), a.namespaces.problems(), a.policies.problems())
+}
+
+// Reread implements [Source].
+func (a *API) Reread(ctx context.Context) error {
+	return errors.Join(a.pods.reread(ctx), a.namespaces.reread(ctx), a.policies.reread(ctx))
+}
+
+// cacheOf keeps the stripped objects of one kind; it is the store that a reflector fills.
+type cacheOf[T any] struct {
+	resource string
+	like     runtime.Object
+	strip    func(runtime.Object) T
+	source   *cache.ListWatch
+	changes  signal
+
+	mu    sync.Mutex
+	full  bool
+	items map[string]versioned[T]
+	// newest is the highest version seen. Events come in their order: with one later than a list, all of the list is in.
+	newest uint64
+	err    error // of the last list or watch
+}
+
+type versioned[T any] struct {
+	object  T
+	version uint64 // metadata.resourceVersion
+}
+
+func newCache[T any](changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T) *cacheOf[T] {
+	c := &cacheOf[T]{resource: resource, like: like, strip: strip, changes: changes, items: map[string]versioned[T]{}}
+	plain := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
+	c.source = &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			list, err := plain.ListWithContext(ctx, o)
+			c.note("list", err)
+			return list, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			w, err := plain.WatchWithContext(ctx, o)
+			c.note("watch", err)
+			return w, err
+		},
+	}
+	return c
+}
+
+func (c *cacheOf[T]) run(ctx context.Context) {
+	cache.NewReflectorWithOptions(c.source, c.like, c, cache.ReflectorOptions{Name: c.resource}).RunWithContext(ctx)
+}
+
+// note keeps the error of a list or watch, until one works.
+func (c *cacheOf[T]) note(verb string, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.err = nil
+	if err != nil {
+		c.err = fmt.Errorf("%s %s: %w", verb, c.resource, err)
+	}
+}
+
+func (c *cacheOf[T]) problems() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		return nil
+	}
+	return []string{c.err.Error()}
+}
+
+func (c *cacheOf[T]) synced() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.full
+}
+
+func (c *cacheOf[T]) list() []T {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	list := make([]T, 0, len(c.items))
+	for _, i := range c.items {
+		list = append(list, i.object)
+	}
+	return list
+}
+
+// identify returns an object's key and version.
+func identify(o any) (key string, version uint64, err error) {
+	m, err := meta.Accessor(o)
+	if err != nil {
+		return "", 0, err
+	}
+	version, err = strconv.ParseUint(m.GetResourceVersion(), 10, 64)
+	return m.GetNamespace() + "/" + m.GetName(), version, err
+}
+
+// Add implements cache.ReflectorStore.
+func (c *cacheOf[T]) Add(o any) error {
+	key, version, err := identify(o)
+	if err != nil {
+		return err
+	}
+	stripped := c.strip(o.(runtime.Object))
+	c.mu.Lock()
+	c.items[key] = versioned[T]{stripped, version}
+	c.newest = max(c.newest, version)
+	c.mu.Unlock()
+	c.changes.send()
+	return nil
+}
+
+// Update implements cache.ReflectorStore.
+func (c *cacheOf[T]) Update(o any) error { return c.Add(o) }
+
+// Delete implements cache.ReflectorStore.
+func (c *cacheOf[T]) Delete(o any) error {
+	key, version, err := identify(o)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	delete(c.items, key)
+	c.newest = max(c.newest, version)
+	c.mu.Unlock()
+	c.changes.send()
+	return nil
+}
+
+// Replace implements cache.ReflectorStore.
+func (c *cacheOf[T]) Replace(list []any, _ string) error {
+	items := make(map[string]versioned[T], len(list))
+	for _, o := range list {
+		key, version, err := identify(o)
+		if err != nil {
+			return err
+		}
+		items[key] = versioned[T]{c.strip(o.(runtime.Object)), version}
+	}
+	c.mu.Lock()
+	c.items, c.full = items, true
+	c.mu.Unlock()
+	c.changes.send()
+	return nil
+}
+
+// Resync implements cache.ReflectorStore; there is nothing to do.
+func (c *cacheOf[T]) Resync() error { return nil }
+
+// rereadPause is how often a waiting reread compares.
+const rereadPause = 10 * time.Millisecond
+
+// reread lists the kind afresh and waits until the cache is at least as new.
+func (c *cacheOf[T]) reread(ctx context.Context) error {
+	want := map[string]uint64{}
+	list, _, err := pager.New(pager.ListPageFunc(c.source.ListWithContextFunc)).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return fmt.Errorf("list %s: %w", c.resource, err)
+	}
+	head, err := meta.ListAccessor(list)
+	if err != nil {
+		return fmt.Errorf("list %s: %w", c.resource, err)
+	}
+	until, err := strconv.ParseUint(head.GetResourceVersion(), 10, 64)
+	if err != nil {
+		return fmt.Errorf("list %s: resourceVersion: %w", c.resource, err)
+	}
+	err = meta.EachListItem(list, func(o runtime.Object) error {
+		key, version, err := identify(o)
+		want[key] = version
+		return err
+	})
+	for err == nil && !c.has(want, until) {
+		select {
+		case <-ctx.Done():
+			err = fmt.Errorf("the watch of %s lags behind: %w", c.resource, ctx.Err())
+		case <-time.After(rereadPause):
+		}
+	}
+	return err
+}
+
+// has reports whether the cache is at least as new as a list of that version.
+func (c *cacheOf[T]) has(want map[string]uint64, until uint64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.full || c.newest > until {
+		return c.full
+	}
+	for key, version := range want {
+		if is, there := c.items[key]; !there || is.version < version {
+			return false
+		}
+	}
+	for key, is := range c.items {
+		if _, wanted := want[key]; !wanted && is.version <= until {
+			return false
+		}
+	}
+	return true
+}

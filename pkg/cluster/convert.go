@@ -1,0 +1,78 @@
+package cluster
+
+import (
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/postern-cni/postern/pkg/object"
+)
+
+// toPod keeps of a Pod what matters.
+func toPod(p *corev1.Pod) *object.Pod {
+	return &object.Pod{
+		Namespace: p.Namespace, Name: p.Name, UID: string(p.UID),
+		Mirror: p.Annotations[corev1.MirrorPodAnnotationKey],
+		Node:   p.Spec.NodeName, Labels: p.Labels,
+		IPs: addresses(&p.Status), Ports: ports(&p.Spec),
+		HostNetwork: p.Spec.HostNetwork,
+		Ended:       p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed,
+		Terminating: p.DeletionTimestamp != nil,
+	}
+}
+
+func addresses(s *corev1.PodStatus) []netip.Addr {
+	var list []netip.Addr
+	add := func(text string) {
+		if a, err := netip.ParseAddr(text); err == nil && !slices.Contains(list, a.Unmap()) {
+			list = append(list, a.Unmap())
+		}
+	}
+	for _, ip := range s.PodIPs {
+		add(ip.IP)
+	}
+	if len(s.PodIPs) == 0 {
+		add(s.PodIP)
+	}
+	return list
+}
+
+// ports lists the named ports of containers and of init containers that stay (sidecars).
+func ports(s *corev1.PodSpec) []object.Port {
+	var list []object.Port
+	add := func(c *corev1.Container) {
+		for _, p := range c.Ports {
+			if p.Name == "" || p.ContainerPort < 1 || p.ContainerPort > 65535 {
+				continue
+			}
+			if p.Protocol == "" {
+				p.Protocol = corev1.ProtocolTCP
+			}
+			list = append(list, object.Port{Name: p.Name, Protocol: p.Protocol, Number: uint16(p.ContainerPort)})
+		}
+	}
+	for i := range s.Containers {
+		add(&s.Containers[i])
+	}
+	for i := range s.InitContainers {
+		if r := s.InitContainers[i].RestartPolicy; r != nil && *r == corev1.ContainerRestartPolicyAlways {
+			add(&s.InitContainers[i])
+		}
+	}
+	return list
+}
+
+func toNamespace(n *corev1.Namespace) *object.Namespace {
+	return &object.Namespace{Name: n.Name, Labels: n.Labels}
+}
+
+// toPolicy keeps name and spec.
+func toPolicy(p *networkingv1.NetworkPolicy) *networkingv1.NetworkPolicy {
+	return &networkingv1.NetworkPolicy{
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, UID: p.UID, Generation: p.Generation},
+		Spec:       p.Spec,
+	}
+}

@@ -1,0 +1,214 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/postern-cni/postern/pkg/object"
+)
+
+// Folder is a folder of manifests: files that end in .yaml, .yml or .json, and do not begin with a dot; folders in it are not
+// looked into. A file that cannot be read as manifests keeps what it last declared; until every file could be read once, the
+// folder is not [Folder.Synced].
+type Folder struct {
+	dir     string
+	changes signal
+
+	mu       sync.Mutex
+	synced   bool
+	files    map[string]*file
+	snapshot object.Cluster
+	problems []string
+}
+
+// file is what is known of one file.
+type file struct {
+	text    []byte
+	objects *objects // what it last declared; nil if it never could be read
+	err     error
+}
+
+// FromFolder returns a source that reads a folder once it runs.
+func FromFolder(dir string) *Folder {
+	return &Folder{dir: dir, changes: newSignal(), files: map[string]*file{}}
+}
+
+// ReadFolder reads a folder once. The error joins all that is wrong with all files.
+func ReadFolder(dir string) (object.Cluster, error) {
+	f := FromFolder(dir)
+	if err := f.read(); err != nil {
+		return object.Cluster{}, err
+	}
+	if len(f.problems) > 0 {
+		return object.Cluster{}, errors.New(strings.Join(f.problems, "\n"))
+	}
+	return f.snapshot, nil
+}
+
+// Changes implements [Source].
+func (f *Folder) Changes() <-chan struct{} { return f.changes }
+
+// Synced implements [Source].
+func (f *Folder) Synced() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.synced
+}
+
+// Snapshot implements [Source].
+func (f *Folder) Snapshot() object.Cluster {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.snapshot
+}
+
+// Problems implements [Source].
+func (f *Folder) Problems() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.problems
+}
+
+// Reread implements [Source].
+func (f *Folder) Reread(context.Context) error { return f.read() }
+
+// Times in which a folder is looked at again.
+const (
+	// settle is how long after a write in place the file is read: its writer may not be done.
+	settle = 50 * time.Millisecond
+	// look finds what notifications missed, and a folder that was replaced as a whole.
+	look = 10 * time.Second
+)
+
+// Run implements [Source]: it watches the folder.
+func (f *Folder) Run(ctx context.Context) error {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("watch %s: %w", f.dir, err)
+	}
+	defer watcher.Close()
+	if err := watcher.Add(f.dir); err != nil {
+		return fmt.Errorf("watch %s: %w", f.dir, err)
+	}
+	if err := f.read(); err != nil {
+		return err
+	}
+	var wait <-chan time.Time
+	ticker := time.NewTicker(look)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case e := <-watcher.Events:
+			if e.Has(fsnotify.Write) && !e.Has(fsnotify.Create) {
+				wait = time.After(settle)
+				continue
+			}
+		case <-watcher.Errors: // events were lost: read everything
+		case <-wait:
+			wait = nil
+		case <-ticker.C:
+			_ = watcher.Add(f.dir) // the folder may be another one of that name by now; if it is gone, read says so
+		}
+		_ = f.read() // shown by Problems
+	}
+}
+
+// read brings what is known up to date with the folder.
+func (f *Folder) read() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	entries, err := os.ReadDir(f.dir)
+	if err != nil {
+		err = fmt.Errorf("read the folder of manifests: %w", err)
+		f.problems = []string{err.Error()}
+		return err
+	}
+	changed := !f.synced
+	there := map[string]bool{}
+	for _, e := range entries {
+		if !manifest(e.Name()) {
+			continue
+		}
+		same, present := f.readFile(e.Name())
+		there[e.Name()] = present
+		changed = changed || !same
+	}
+	for name := range f.files {
+		if !there[name] {
+			delete(f.files, name)
+			changed = true
+		}
+	}
+	if changed {
+		f.assemble()
+		f.changes.send()
+	}
+	return nil
+}
+
+// readFile reads one file, unless its text is what it was.
+func (f *Folder) readFile(name string) (same, present bool) {
+	text, err := os.ReadFile(filepath.Join(f.dir, name))
+	was := f.files[name]
+	if errors.Is(err, fs.ErrNotExist) { // gone since the folder was listed
+		return was == nil, false
+	}
+	if was == nil {
+		was = &file{}
+		f.files[name] = was
+	} else if err == nil && bytes.Equal(text, was.text) {
+		return true, true
+	}
+	was.text, was.err = text, err
+	if err != nil {
+		return false, true
+	}
+	objects, err := parse(text)
+	was.err = err
+	if err == nil {
+		was.objects = objects
+	}
+	return false, true
+}
+
+func manifest(name string) bool {
+	return !strings.HasPrefix(name, ".") && slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(name))
+}
+
+// assemble makes one cluster of what the files declare.
+func (f *Folder) assemble() {
+	var files []named
+	var problems []string
+	complete := true
+	for name, is := range f.files {
+		if is.err != nil {
+			problems = append(problems, fmt.Sprintf("%s: %s", name, oneLine(is.err)))
+		}
+		if is.objects == nil {
+			complete = false
+			continue
+		}
+		files = append(files, named{name, is.objects})
+	}
+	slices.SortFunc(files, func(a, b named) int { return strings.Compare(a.file, b.file) })
+	var twice []string
+	f.snapshot, twice = merge(files)
+	slices.Sort(problems)
+	f.problems = append(problems, twice...)
+	f.synced = f.synced || complete
+}
+
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

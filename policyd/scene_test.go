@@ -150,7 +150,7 @@ func (s *scene) serve(name string, addrs ...netip.Addr) {
 func (s *scene) apply(policies ...[2]string) {
 	s.t.Helper()
 	for _, p := range policies {
-		s.Write(s.t, "policy-"+strings.ReplaceAll(p[0], "/", "-")+".yaml", policy(p[0], p[1]))
+		s.Write(s.t, "policy-"+strings.ReplaceAll(p[0], "/", "-")+".yaml", networkPolicy(p[0], p[1]))
 	}
 	s.Settle(s.t)
 }
@@ -164,8 +164,8 @@ func (s *scene) withdraw(names ...string) {
 	s.Settle(s.t)
 }
 
-// policy returns the manifest of a NetworkPolicy: "namespace/name" and the lines of its spec, indented by two.
-func policy(name, spec string) string {
+// networkPolicy returns the manifest of a NetworkPolicy: "namespace/name" and the lines of its spec, indented by two.
+func networkPolicy(name, spec string) string {
 	namespace, name, _ := strings.Cut(name, "/")
 	return fmt.Sprintf("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: %s, namespace: %s}\nspec:\n%s\n",
 		name, namespace, strings.Trim(spec, "\n"))

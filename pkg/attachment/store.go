@@ -158,7 +158,7 @@ func (s *Store) Keys() ([]Key, error) {
 	}
 	var keys []Key
 	for _, name := range names {
-		if key, err := keyOf(name); err == nil {
+		if key, err := KeyOf(name); err == nil {
 			keys = append(keys, key)
 		}
 	}
@@ -256,8 +256,8 @@ func (s *Store) read(name string) (*Attachment, error) {
 	return a, nil
 }
 
-// keyOf reads the key out of a record's file name.
-func keyOf(name string) (Key, error) {
+// KeyOf reads the key out of a record's file name; other names are an error.
+func KeyOf(name string) (Key, error) {
 	stem := strings.TrimSuffix(name, plainSuffix)
 	if strings.HasSuffix(name, portsSuffix) {
 		stem = strings.TrimSuffix(name, portsSuffix)
@@ -274,7 +274,7 @@ func keyOf(name string) (Key, error) {
 // decode reads a record and holds it to what every reader counts on, so that a foreign or damaged file does no harm: it
 // is about the container its name says, and each of its values can be used as it is.
 func decode(name string, data []byte) (*Attachment, error) {
-	key, err := keyOf(name)
+	key, err := KeyOf(name)
 	if err != nil {
 		return nil, err
 	}

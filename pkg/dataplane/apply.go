@@ -19,6 +19,7 @@ type work struct {
 	sets   *ipset.Sets
 	want   *rule.State
 	result *Result
+	left   int // entries taken out of sets
 }
 
 // untilRules does everything up to the rules and what joins open and peer sets.
@@ -73,6 +74,9 @@ func (w *work) fromReady() error {
 
 // prepare creates a set that is missing, filled unless it is a ready set, and takes out of an existing one what leaves.
 func (w *work) prepare(s rule.Set) error {
+	if s.Role == rule.Peers || s.Role == rule.Open {
+		defer func(before int) { w.result.Tightened = w.result.Tightened || w.left > before }(w.left)
+	}
 	if w.f.sets[s.Name] == nil {
 		if err := w.create(s, s.Name); err != nil {
 			return err
@@ -149,6 +153,7 @@ func (w *work) leave(s rule.Set) error {
 		if err := w.sets.Del(s.Name, e); err != nil {
 			return err
 		}
+		w.left++
 		delete(has, e)
 	}
 	return nil
@@ -208,6 +213,7 @@ func (w *work) writeRules() error {
 	}
 	for _, c := range changes {
 		actual := w.f.actual[c.Table]
+		w.result.Tightened = w.result.Tightened || len(c.Replace) > 0
 		for _, chain := range c.Replace {
 			actual.Chains[chain.Name] = chain.Rules
 		}
@@ -234,7 +240,7 @@ func (w *work) placeHooks(c *iptables.Change, actual []iptables.ActualHook) {
 	right := len(want) == len(actual)
 	for _, h := range want {
 		right = right && slices.ContainsFunc(actual, func(a iptables.ActualHook) bool {
-			return a.Chain == h.Chain && iptables.Equal(a.Rule, h.Rule) && (h.Last && a.Last || !h.Last && a.First)
+			return a.Chain == h.Chain && iptables.Equal(a.Rule, h.Rule) && (h.Last || a.First)
 		})
 	}
 	if right {

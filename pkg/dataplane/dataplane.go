@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -62,15 +63,17 @@ type Result struct {
 	Restores    int // iptables-restore processes
 	Chains      int // chains written or removed
 	SetMessages int // netlink messages that changed a set
+	// Tightened says that something may be denied now which was allowed before: a chain was written, a peer left a set.
+	Tightened bool
 }
 
 // Wrote reports whether anything was written.
 func (r Result) Wrote() bool { return r.Restores+r.SetMessages > 0 }
 
 // Apply brings the kernel to these states, one for each family. judge, which may be nil, is called between the rules and the
-// ready sets, once, after the rules of every family that could be written; if it fails, no pod becomes ready. The error joins
-// what went wrong in each family; the same call again goes on where this one stopped.
-func (p *Plane) Apply(ctx context.Context, want []*rule.State, judge func(context.Context) error) (Result, error) {
+// ready sets, once, after the rules of every family that could be written, with what was done so far; if it fails, no pod
+// becomes ready. The error joins what went wrong in each family; the same call again goes on where this one stopped.
+func (p *Plane) Apply(ctx context.Context, want []*rule.State, judge func(Result) error) (Result, error) {
 	var result Result
 	sets, err := ipset.Open()
 	if err != nil {
@@ -89,7 +92,7 @@ func (p *Plane) Apply(ctx context.Context, want []*rule.State, judge func(contex
 		works = append(works, w)
 	}
 	if judge != nil {
-		if err := judge(ctx); err != nil {
+		if err := judge(result); err != nil {
 			return result, errors.Join(append(errs, err)...)
 		}
 	}
@@ -100,6 +103,30 @@ func (p *Plane) Apply(ctx context.Context, want []*rule.State, judge func(contex
 		}
 	}
 	return result, errors.Join(errs...)
+}
+
+// Inherit makes the programs that are run keep a file open: a lock that must not be free before they have ended; nil for none.
+func (p *Plane) Inherit(lock *os.File) {
+	for _, f := range p.family {
+		f.tables.Inherit = nil
+		if lock != nil {
+			f.tables.Inherit = []*os.File{lock}
+		}
+	}
+}
+
+// Holds reports whether the kernel's set had an entry when it was last read or written.
+func (p *Plane) Holds(f rule.Family, set string, e rule.Entry) bool {
+	s := p.family[f].sets[set]
+	return s != nil && s.has[e]
+}
+
+// Doubt makes the next Apply write an entry that it wants, whatever it believes the kernel holds: somebody else may have taken
+// it out.
+func (p *Plane) Doubt(f rule.Family, set string, e rule.Entry) {
+	if s := p.family[f].sets[set]; s != nil {
+		delete(s.has, e)
+	}
 }
 
 // Refresh reads the kernel and returns what differs from what this Plane has written, in words; the next Apply repairs it.
@@ -228,7 +255,7 @@ func differences(v rule.Family, before, after map[rule.Table]*iptables.Actual, s
 func equal(a, b rule.Entry) bool { return a == b }
 
 func sameHook(a, b iptables.ActualHook) bool {
-	return a.Chain == b.Chain && a.First == b.First && a.Last == b.Last && iptables.Equal(a.Rule, b.Rule)
+	return a.Chain == b.Chain && a.First == b.First && iptables.Equal(a.Rule, b.Rule)
 }
 
 func sorted(has map[rule.Entry]bool) []rule.Entry {

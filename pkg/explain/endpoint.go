@@ -1,10 +1,13 @@
 package explain
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/postern-cni/postern/pkg/object"
 )
@@ -69,4 +72,27 @@ func At(c object.Cluster, a netip.Addr, node []netip.Addr) Endpoint {
 		}
 	}
 	return e
+}
+
+// Between answers for two ends as [Find] reads them: once for each family that both have.
+func Between(
+	c object.Cluster, from, to string, protocol corev1.Protocol, port uint16, node []netip.Addr,
+) ([]Answer, error) {
+	sources, err := Find(c, from, node)
+	dests, err2 := Find(c, to, node)
+	if err := errors.Join(err, err2); err != nil {
+		return nil, err
+	}
+	var answers []Answer
+	for _, s := range sources {
+		for _, d := range dests {
+			if !s.Address.IsValid() || !d.Address.IsValid() || s.Address.Is4() == d.Address.Is4() {
+				answers = append(answers, Explain(c, Query{From: s, To: d, Protocol: protocol, Port: port}))
+			}
+		}
+	}
+	if len(answers) == 0 {
+		return nil, fmt.Errorf("%s and %s have no address of one family", from, to)
+	}
+	return answers, nil
 }

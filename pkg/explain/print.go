@@ -5,6 +5,16 @@ import (
 	"strings"
 )
 
+// All joins answers: allowed if each is, and the text of all.
+func All(answers []Answer) (allowed bool, text string) {
+	allowed = true
+	for _, a := range answers {
+		allowed = allowed && a.Allowed
+		text += a.String()
+	}
+	return allowed, text
+}
+
 // port names the query's port: "5432/TCP".
 func (q Query) port() string {
 	if q.Protocol == "" {

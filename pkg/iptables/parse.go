@@ -19,9 +19,9 @@ type Actual struct {
 
 // ActualHook is a rule of a built-in chain that jumps into a chain of ours.
 type ActualHook struct {
-	Chain       string
-	Rule        rule.Rule
-	First, Last bool // its place in the built-in chain
+	Chain string
+	Rule  rule.Rule
+	First bool // no rule of anybody else's stands before it
 }
 
 // Foreign is the action of a rule that this package cannot have written. It equals nothing.
@@ -39,52 +39,38 @@ func Ours(chain string) bool {
 func Parse(text string, family rule.Family) map[rule.Table]*Actual {
 	tables := map[rule.Table]*Actual{}
 	var now *Actual
-	count := map[string]int{}
+	foreign := map[string]bool{} // built-in chains in which a rule of somebody else's has been seen
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		switch {
 		case strings.HasPrefix(line, "*"):
 			now = &Actual{Chains: map[string][]rule.Rule{}}
 			tables[rule.Table(line[1:])] = now
-			count = map[string]int{}
+			foreign = map[string]bool{}
 		case now == nil:
 		case strings.HasPrefix(line, ":"):
 			if name, _, _ := strings.Cut(line[1:], " "); Ours(name) {
 				now.Chains[name] = nil
 			}
 		case strings.HasPrefix(line, "-A "):
-			now.add(line, family, count)
-		case line == "COMMIT":
-			for i := range now.Hooks {
-				now.Hooks[i].Last = now.Hooks[i].Last && count[now.Hooks[i].Chain] == 0
-			}
+			now.add(line, family, foreign)
 		}
 	}
 	return tables
 }
 
-// add takes in one "-A" line. count holds the number of rules of each built-in chain since its last hook.
-func (a *Actual) add(line string, family rule.Family, count map[string]int) {
+// add takes in one "-A" line.
+func (a *Actual) add(line string, family rule.Family, foreign map[string]bool) {
 	words := split(line)
 	chain := words[1]
-	if Ours(chain) {
+	switch {
+	case Ours(chain):
 		a.Chains[chain] = append(a.Chains[chain], parseRule(words[2:], family, line))
-		return
+	case Ours(target(words)):
+		a.Hooks = append(a.Hooks, ActualHook{Chain: chain, Rule: parseRule(words[2:], family, line), First: !foreign[chain]})
+	default:
+		foreign[chain] = true
 	}
-	seen, known := count[chain]
-	r := parseRule(words[2:], family, line)
-	if !Ours(target(words)) {
-		count[chain]++
-		return
-	}
-	first := !known && seen == 0
-	for i := range a.Hooks {
-		if a.Hooks[i].Chain == chain {
-			a.Hooks[i].Last = false
-		}
-	}
-	a.Hooks = append(a.Hooks, ActualHook{Chain: chain, Rule: r, First: first, Last: true})
-	count[chain] = 0
 }
 
 func target(words []string) string {

@@ -48,6 +48,10 @@ func Render(changes ...Change) string {
 			}
 		}
 		for _, h := range c.Unhook {
+			if f, foreign := h.Rule.Action.(Foreign); foreign {
+				fmt.Fprintf(&b, "-D %s\n", strings.TrimPrefix(f.Line, "-A "))
+				continue
+			}
 			fmt.Fprintf(&b, "-D %s%s\n", h.Chain, Args(h.Rule))
 		}
 		for _, h := range c.Hook {

@@ -107,14 +107,11 @@ func (m *Model) At(a netip.Addr) *Guarded { return m.at[a] }
 // between a node and its own pods everything passes.
 func (m *Model) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint16, own func(netip.Addr) bool) bool {
 	from, to := m.at[src], m.at[dst]
-	if from == nil && to == nil || src == dst {
+	if from == nil && to == nil || src == dst || own(src) || own(dst) {
 		return true
 	}
 	if from != nil && !from.Ready || to != nil && !to.Ready {
 		return false
-	}
-	if own(src) || own(dst) {
-		return true
 	}
 	return (from == nil || from.Egress.allows(dst, dst, protocol, port)) &&
 		(to == nil || to.Ingress.allows(src, dst, protocol, port))

@@ -1,0 +1,226 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/postern-cni/postern/pkg/attachment"
+	"github.com/postern-cni/postern/pkg/dataplane"
+	"github.com/postern-cni/postern/pkg/gate"
+	"github.com/postern-cni/postern/pkg/iptables"
+	"github.com/postern-cni/postern/pkg/metrics"
+	"github.com/postern-cni/postern/pkg/object"
+	"github.com/postern-cni/postern/pkg/policy"
+)
+
+// Source is where objects come from; package cluster has two.
+type Source interface {
+	Run(ctx context.Context) error
+	Changes() <-chan struct{}
+	Synced() bool
+	Snapshot() object.Cluster
+	Problems() []string
+	Reread(ctx context.Context) error
+}
+
+// Config is what an engine works with.
+type Config struct {
+	Source   Source
+	StateDir string // the node's state folder
+	Node     string // this node's name: its pods get their chains before they are attached
+	// Unplaced says that pods without a node may come to this one: manifests often name none.
+	Unplaced bool
+	Backend  iptables.Backend
+	// RepairInterval is how often the kernel is compared with what was written.
+	RepairInterval time.Duration
+	Metrics        *metrics.Metrics
+	Log            *slog.Logger
+	Version        string
+}
+
+// Times of the engine's own.
+const (
+	heartbeat    = 2 * time.Second
+	collectEvery = 30 * time.Second
+	// judgeAgain is how long after a change flows are judged a second time, for packets that were on their way.
+	judgeAgain = 100 * time.Millisecond
+	retryFirst = 100 * time.Millisecond
+	retryMost  = 5 * time.Second
+)
+
+// Engine is the daemon's heart. Its methods may be called from any goroutine once [Engine.Run] runs.
+type Engine struct {
+	Config
+	store *attachment.Store
+	plane *dataplane.Plane
+	ports *dataplane.Plane
+	wake  chan struct{} // holds one value at most
+
+	// Used by the goroutine of Run alone.
+	records    map[attachment.Key]*attachment.Attachment
+	relist     bool // read all records again
+	guarded    map[pair]attachment.Key
+	first      bool // nothing has been applied yet
+	model      *policy.Model
+	portsSeen  bool
+	retry      time.Duration
+	unreported map[string]bool // problems that the log has already
+
+	mu      sync.Mutex
+	waiters []*waiter
+	status  Status
+	known   object.Cluster // of the last pass, with the addresses of records
+	beat    time.Time
+}
+
+// pair is an address on a link.
+type pair struct {
+	address netip.Addr
+	link    string
+}
+
+// New prepares an engine; nothing is written yet.
+func New(c Config) (*Engine, error) {
+	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true, first: true,
+		records: map[attachment.Key]*attachment.Attachment{}, guarded: map[pair]attachment.Key{}, unreported: map[string]bool{}}
+	var err, err2 error
+	e.plane, err = dataplane.Open(c.Backend, dataplane.Policies)
+	e.ports, err2 = dataplane.Open(c.Backend, dataplane.HostPorts)
+	if err := errors.Join(err, err2); err != nil {
+		return nil, err
+	}
+	e.status = Status{Version: c.Version, Node: c.Node, Backend: string(c.Backend), Started: time.Now()}
+	return e, nil
+}
+
+// kick asks for a pass.
+func (e *Engine) kick() {
+	select {
+	case e.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run works until the context ends; the rules stay in force then. It returns an error only where it cannot work at all.
+func (e *Engine) Run(ctx context.Context) error {
+	if err := os.MkdirAll(e.store.Dir(), 0o700); err != nil {
+		return fmt.Errorf("make the folder of records: %w", err)
+	}
+	if err := os.WriteFile(gate.BackendFile(e.StateDir), []byte(e.Backend), 0o600); err != nil {
+		return fmt.Errorf("note the iptables backend for the plugin: %w", err)
+	}
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("watch %s: %w", e.store.Dir(), err)
+	}
+	defer watcher.Close()
+	if err := watcher.Add(e.store.Dir()); err != nil {
+		return fmt.Errorf("watch %s: %w", e.store.Dir(), err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		if err := e.Source.Run(ctx); err != nil {
+			cancel(err)
+		}
+	})
+	wg.Go(func() { e.collect(ctx) })
+	e.loop(ctx, watcher)
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// loop waits for a reason to look, and looks.
+func (e *Engine) loop(ctx context.Context, watcher *fsnotify.Watcher) {
+	beat := time.NewTicker(heartbeat)
+	defer beat.Stop()
+	repair := time.NewTicker(e.RepairInterval)
+	defer repair.Stop()
+	var again, retry <-chan time.Time
+	e.pulse()
+	for {
+		pass, check := true, false
+		select {
+		case <-ctx.Done():
+			return
+		case <-e.Source.Changes():
+		case <-e.wake:
+		case event := <-watcher.Events:
+			pass = e.recordEvent(event)
+		case <-watcher.Errors:
+			e.relist = true
+		case <-beat.C:
+			e.pulse()
+			pass = e.first && e.Source.Synced()
+		case <-repair.C:
+			check = true
+		case <-again:
+			again, pass = nil, false
+			e.judge("again")
+		case <-retry:
+			retry = nil
+		}
+		e.drain(watcher)
+		if check {
+			pass = e.repair(ctx)
+		}
+		if !pass {
+			continue
+		}
+		tightened, err := e.pass(ctx)
+		if tightened {
+			again = time.After(judgeAgain)
+		}
+		retry = e.backoff(err)
+	}
+}
+
+// drain takes in the record events that are there already, for one pass to handle together.
+func (e *Engine) drain(watcher *fsnotify.Watcher) {
+	for {
+		select {
+		case event := <-watcher.Events:
+			e.recordEvent(event)
+		default:
+			return
+		}
+	}
+}
+
+// backoff says when to try again after an error; at once is never.
+func (e *Engine) backoff(err error) <-chan time.Time {
+	if err == nil {
+		e.retry = 0
+		return nil
+	}
+	e.retry = min(max(2*e.retry, retryFirst), retryMost)
+	return time.After(e.retry)
+}
+
+// pulse touches the file by which the plugin knows how long an absent policyd has been away.
+func (e *Engine) pulse() {
+	now := time.Now()
+	e.mu.Lock()
+	e.beat = now
+	e.mu.Unlock()
+	path := gate.Heartbeat(e.StateDir)
+	err := os.Chtimes(path, now, now)
+	if errors.Is(err, os.ErrNotExist) {
+		err = os.WriteFile(path, nil, 0o600)
+	}
+	if err != nil {
+		e.Log.Warn("cannot touch the heartbeat file; the plugin's STATUS will count policyd as away", "file", path, "error", err)
+	}
+}

@@ -1,0 +1,62 @@
+package engine
+
+import (
+	"errors"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/postern-cni/postern/pkg/attachment"
+)
+
+// recordEvent reads the record that an event is about, and reports whether it was about one.
+func (e *Engine) recordEvent(event fsnotify.Event) bool {
+	key, err := attachment.KeyOf(filepath.Base(event.Name))
+	if err != nil {
+		return false // a file that is still being written, under a name of its own
+	}
+	a, err := e.store.Get(key)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		delete(e.records, key)
+	case err != nil:
+		e.relist = true // which reports what is wrong
+	default:
+		e.records[key] = a
+	}
+	return true
+}
+
+// readRecords reads all records afresh.
+func (e *Engine) readRecords() []error {
+	list, errs := e.store.List()
+	e.records = make(map[attachment.Key]*attachment.Attachment, len(list))
+	for _, a := range list {
+		e.records[a.Key()] = a
+	}
+	e.relist = false
+	return errs
+}
+
+// attached returns the attachments that policies speak of, one for each link: of two, the newer sandbox's, for the older's DEL is
+// still to come.
+func (e *Engine) attached() []*attachment.Attachment {
+	newest := map[string]*attachment.Attachment{}
+	for _, a := range e.records {
+		if a.Policy != attachment.PolicyEnforce {
+			continue
+		}
+		if other := newest[a.HostInterface]; other == nil || other.Created.Before(a.Created) {
+			newest[a.HostInterface] = a
+		}
+	}
+	list := make([]*attachment.Attachment, 0, len(newest))
+	for _, a := range newest {
+		list = append(list, a)
+	}
+	slices.SortFunc(list, func(a, b *attachment.Attachment) int { return strings.Compare(a.HostInterface, b.HostInterface) })
+	return list
+}

@@ -1,0 +1,119 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/postern-cni/postern/pkg/attach"
+	"github.com/postern-cni/postern/pkg/attachment"
+	"github.com/postern-cni/postern/pkg/hostport"
+	"github.com/postern-cni/postern/pkg/podlink"
+	"github.com/postern-cni/postern/pkg/rule"
+)
+
+// repair compares the kernel with what was written, and reports whether a pass is needed to put it right. Records are read
+// afresh too. HostPort's rules it puts right itself.
+func (e *Engine) repair(ctx context.Context) bool {
+	e.relist = true
+	if e.first {
+		return true
+	}
+	if err := e.repairPorts(ctx); err != nil {
+		e.fail("hostports", "cannot repair hostPort rules", err)
+	}
+	found, err := e.plane.Refresh(ctx)
+	if err != nil {
+		e.fail("read", "cannot read our rules and sets", err)
+	}
+	e.repaired("policies", found)
+	return true
+}
+
+func (e *Engine) repaired(scope string, found []string) {
+	for _, what := range found {
+		e.Metrics.Repairs.WithLabelValues(scope).Inc()
+		e.Log.Warn("somebody else changed our part of the kernel; putting it right", "scope", scope, "found", what)
+	}
+}
+
+func (e *Engine) fail(kind, message string, err error) {
+	e.Metrics.Failures.WithLabelValues(kind).Inc()
+	e.Log.Error(message, "error", err)
+}
+
+// repairPorts brings hostPort's rules to what the records of living attachments say. The plugin writes them too, under the same
+// lock.
+func (e *Engine) repairPorts(ctx context.Context) error {
+	list, errs := e.store.WithPorts()
+	for _, err := range errs {
+		e.Log.Error("a record cannot be read", "error", err)
+	}
+	if len(list) == 0 && !e.portsSeen {
+		return nil // no pod has ports: not even a look
+	}
+	lock, err := e.store.Lock(ctx, attachment.HostPorts)
+	if err != nil {
+		return err
+	}
+	defer lock.Release()
+	e.ports.Inherit(lock.File())
+	defer e.ports.Inherit(nil)
+	// What differs from the last look is mostly the plugin's own work; what differs from the records is not.
+	if _, err := e.ports.Refresh(ctx); err != nil {
+		return err
+	}
+	alive, err := e.alive()
+	if err != nil {
+		return err
+	}
+	var states []*rule.State
+	for _, f := range rule.Families {
+		states = append(states, hostport.State(f, alive))
+	}
+	result, err := e.ports.Apply(ctx, states, nil)
+	if err == nil && result.Wrote() {
+		e.repaired("hostports", []string{"rules that are not what the records of attached pods say"})
+	}
+	e.portsSeen = len(alive) > 0 || err != nil
+	return err
+}
+
+// alive are the attachments with ports whose link is there; read again under the lock.
+func (e *Engine) alive() ([]*attachment.Attachment, error) {
+	list, _ := e.store.WithPorts() // what cannot be read was reported
+	owners, err := podlink.Owners()
+	if err != nil {
+		return nil, err
+	}
+	var alive []*attachment.Attachment
+	for _, a := range list {
+		if owners[a.HostInterface] == a.Key().String() {
+			alive = append(alive, a)
+		}
+	}
+	return alive, nil
+}
+
+// collect removes attachments whose container is gone, now and then: containerd never calls GC.
+func (e *Engine) collect(ctx context.Context) {
+	ticker := time.NewTicker(collectEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		within, cancel := context.WithTimeout(ctx, collectEvery)
+		n, err := attach.Collect(within, e.StateDir)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			e.fail("collect", "cannot collect attachments whose container is gone", err)
+		}
+		if n > 0 {
+			e.Metrics.Collected.Add(float64(n))
+			e.Log.Info(fmt.Sprintf("collected %d attachments whose container is gone", n))
+		}
+	}
+}

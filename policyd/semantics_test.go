@@ -164,7 +164,7 @@ func TestNetworkPolicy5BlocksAndTheirExceptions(t *testing.T) {
 	eachScene(t, "", shop, func(s *scene) {
 		// Further addresses of the machine outside; one block excepts what another one admits.
 		for _, a := range []string{"203.0.113.1/32", "203.0.113.130/32", "203.0.113.200/32", "2001:db8:5::1/128", "2001:db8:5:8000::1/128"} {
-			s.Outside.Run(t, "ip", "address", "add", a, "dev", "lo")
+			s.Outside.Run(t, "ip", "address", "add", a, "dev", "eth0", "nodad")
 			via := testnode.Outside4
 			if strings.Contains(a, ":") {
 				via = testnode.Outside6

@@ -129,8 +129,17 @@ func (p *Plane) Doubt(f rule.Family, set string, e rule.Entry) {
 	}
 }
 
-// Refresh reads the kernel and returns what differs from what this Plane has written, in words; the next Apply repairs it.
-func (p *Plane) Refresh(ctx context.Context) (found []string, err error) {
+// Difference is one that [Plane.Refresh] found.
+type Difference struct {
+	What string // in words
+	// Set and Missing are filled where a set lacks entries and nothing else about it differs: somebody may have taken them out
+	// lawfully.
+	Set     string
+	Missing []rule.Entry
+}
+
+// Refresh reads the kernel and returns what differs from what this Plane has written; the next Apply repairs it.
+func (p *Plane) Refresh(ctx context.Context) (found []Difference, err error) {
 	var errs []error
 	for _, v := range rule.Families {
 		f := p.family[v]
@@ -220,10 +229,13 @@ func entrySet(list []rule.Entry) map[rule.Entry]bool {
 	return has
 }
 
-// differences tells in words where two readings of the kernel differ.
-func differences(v rule.Family, before, after map[rule.Table]*iptables.Actual, setsBefore, setsAfter map[string]*set) []string {
-	var found []string
-	note := func(format string, args ...any) { found = append(found, v.String()+": "+fmt.Sprintf(format, args...)) }
+// differences tells where two readings of the kernel differ.
+func differences(
+	v rule.Family, before, after map[rule.Table]*iptables.Actual, setsBefore, setsAfter map[string]*set,
+) (found []Difference) {
+	note := func(format string, args ...any) {
+		found = append(found, Difference{What: v.String() + ": " + fmt.Sprintf(format, args...)})
+	}
 	for table, was := range before {
 		is := after[table]
 		for name, rules := range was.Chains {
@@ -241,18 +253,34 @@ func differences(v rule.Family, before, after map[rule.Table]*iptables.Actual, s
 	}
 	for name, was := range setsBefore {
 		is := setsAfter[name]
-		switch {
-		case is == nil:
+		if is == nil {
 			note("set %s is gone", name)
-		case len(is.has) != len(was.has) || !slices.EqualFunc(sorted(was.has), sorted(is.has), equal):
-			note("set %s has other entries: %d, not %d", name, len(is.has), len(was.has))
+			continue
+		}
+		missing, foreign := without(was.has, is.has), without(is.has, was.has)
+		if len(missing)+len(foreign) == 0 {
+			continue
+		}
+		note("set %s lacks %d entries and has %d foreign ones", name, len(missing), len(foreign))
+		if len(foreign) == 0 {
+			found[len(found)-1].Set, found[len(found)-1].Missing = name, missing
 		}
 	}
-	slices.Sort(found)
+	slices.SortFunc(found, func(a, b Difference) int { return strings.Compare(a.What, b.What) })
 	return found
 }
 
-func equal(a, b rule.Entry) bool { return a == b }
+// without lists what the one has and the other has not.
+func without(has, other map[rule.Entry]bool) []rule.Entry {
+	var list []rule.Entry
+	for e := range has {
+		if !other[e] {
+			list = append(list, e)
+		}
+	}
+	slices.SortFunc(list, rule.Entry.Compare)
+	return list
+}
 
 func sameHook(a, b iptables.ActualHook) bool {
 	return a.Chain == b.Chain && a.First == b.First && iptables.Equal(a.Rule, b.Rule)

@@ -2,11 +2,14 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"time"
 
 	"github.com/postern-cni/postern/pkg/attach"
 	"github.com/postern-cni/postern/pkg/attachment"
+	"github.com/postern-cni/postern/pkg/dataplane"
 	"github.com/postern-cni/postern/pkg/hostport"
 	"github.com/postern-cni/postern/pkg/podlink"
 	"github.com/postern-cni/postern/pkg/rule"
@@ -26,7 +29,35 @@ func (e *Engine) repair(ctx context.Context) bool {
 	if err != nil {
 		e.fail("read", "cannot read our rules and sets", err)
 	}
-	e.repaired("policies", found)
+	var what []string
+	for _, d := range found {
+		if d.Set == "" || !e.detaching(d) {
+			what = append(what, d.What)
+		}
+	}
+	e.repaired("policies", what)
+	return true
+}
+
+// detaching reports whether all entries that a set lacks are those of pods that the plugin is taking away: it takes them out of
+// the ready and open sets by itself.
+func (e *Engine) detaching(d dataplane.Difference) bool {
+	for _, entry := range d.Missing {
+		key, known := e.guarded[pair{entry.Prefix.Addr(), entry.Iface}]
+		if !known || entry.Iface == "" {
+			return false
+		}
+		now, cancel := context.WithCancel(context.Background())
+		cancel()
+		lock, err := e.store.Lock(now, attachment.Interface(entry.Iface))
+		if err != nil {
+			continue // the plugin is at work on this link
+		}
+		lock.Release()
+		if _, err := e.store.Get(key); !errors.Is(err, fs.ErrNotExist) {
+			return false
+		}
+	}
 	return true
 }
 

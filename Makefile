@@ -6,8 +6,8 @@ LDFLAGS     := -s -w -X main.version=$(VERSION)
 GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 TESTTIMEOUT ?= 15m
 # What the tests and the demo run, and the Debian packages that have it.
-TOOLS    := iptables-nft-restore iptables-legacy-restore ip6tables-nft-restore ip6tables-legacy-restore ipset ip nsenter
-PACKAGES := iptables ipset iproute2 util-linux
+TOOLS    := iptables-nft-restore iptables-legacy-restore ip6tables-nft-restore ip6tables-legacy-restore ipset ip nsenter sysctl
+PACKAGES := iptables ipset iproute2 util-linux procps
 
 # sbin is not in every user's PATH, and that is where iptables and ipset are.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin

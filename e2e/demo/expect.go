@@ -1,39 +1,40 @@
 package main
 
-// expect says of each try whether it opens, as the policies of the demo mean it: written by hand from their words, so that
-// it has nothing in common with what is in the kernel.
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	source "github.com/postern-cni/postern/pkg/cluster"
+	"github.com/postern-cni/postern/pkg/explain"
+)
+
+// expect asks package explain about each try: it reads the manifests by the words of the NetworkPolicy API, and shares no code
+// with what writes the kernel's rules.
 func (w *world) expect(all []*try) ([]*try, error) {
+	c, err := source.ReadFolder(manifestsDir)
+	if err != nil {
+		return nil, fmt.Errorf("read the manifests: %w", err)
+	}
+	node := w.parties[len(w.parties)-1].Addresses
 	for _, t := range all {
-		t.Expected = t.From == t.To || // a pod always reaches itself
-			t.From.NS == nodeNS || // and the node its pods
-			w.cluster.lets(t.From, t) && w.cluster.admits(t.To, t)
+		v4 := t.Address.Is4()
+		t.Expected = explain.Explain(c, explain.Query{
+			From:     explain.At(c, t.From.address(v4), node),
+			To:       explain.At(c, t.To.address(v4), node),
+			Protocol: corev1.ProtocolTCP,
+			Port:     t.PodPort,
+		}).Allowed
 	}
 	return all, nil
 }
 
-// lets reports whether the policies let the connection leave its source.
-func (c *cluster) lets(from *party, t *try) bool {
-	if from.pod == nil || from.pod.App != "webserver" || c.policies["web-egress.yaml"] == "" {
-		return true
+// address is the party's address of one family; invalid if it has none.
+func (p *party) address(v4 bool) netip.Addr {
+	if i := slices.IndexFunc(p.Addresses, func(a netip.Addr) bool { return a.Is4() == v4 }); i >= 0 {
+		return p.Addresses[i]
 	}
-	return t.To.pod != nil && t.To.pod.App == "database" && t.PodPort == 5432
-}
-
-// admits reports whether the policies let the connection in at its destination.
-func (c *cluster) admits(to *party, t *try) bool {
-	switch from := t.From.pod; {
-	case to.pod == nil:
-		return true // a machine outside
-	case to.pod.App == "site" && c.policies["site.yaml"] != "":
-		return t.From.Name == laptop
-	case to.pod.Namespace != "shop" || c.policies["default-deny.yaml"] == "":
-		return true
-	case to.pod.App == "database" && c.policies["database.yaml"] != "":
-		return from != nil && from.App == "webserver" && t.PodPort == 5432
-	case to.pod.App == "shopping-cart" && c.policies["cart.yaml"] == cartFromTenant:
-		return from != nil && c.namespaces[from.Namespace]["tenant"] == "gold" && t.PodPort == 80
-	case to.pod.App == "shopping-cart" && c.policies["cart.yaml"] == cartFromBlock:
-		return t.From.Name == laptop && t.Address.Is4()
-	}
-	return false
+	return netip.Addr{}
 }

@@ -66,9 +66,6 @@ type world struct {
 //	office 203.0.113.10 ──┘
 const plan = `
 ip link set lo up
-ip netns add router
-ip netns add laptop
-ip netns add office
 ip link add uplink type veth peer name node netns router
 ip addr add 192.0.2.2/24 dev uplink
 ip addr add 2001:db8:2::2/64 dev uplink nodad
@@ -129,6 +126,17 @@ func buildWorld(ctx context.Context, bin, backend string) (*world, error) {
 	if err := enterNode(); err != nil {
 		return nil, err
 	}
+	if err := nodad(); err != nil {
+		return nil, err
+	}
+	for _, machine := range []string{"router", "laptop", "office"} {
+		if out, err := exec.CommandContext(ctx, "ip", "netns", "add", machine).CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("ip netns add %s: %w: %s", machine, err, out)
+		}
+		if err := in("/run/netns/"+machine, nodad); err != nil {
+			return nil, err
+		}
+	}
 	for line := range strings.Lines(plan) {
 		if words := strings.Fields(line); len(words) > 0 {
 			if out, err := exec.CommandContext(ctx, words[0], words[1:]...).CombinedOutput(); err != nil {
@@ -160,6 +168,12 @@ func buildWorld(ctx context.Context, bin, backend string) (*world, error) {
 		return nil, err
 	}
 	return w, w.startPolicyd(backend)
+}
+
+// nodad makes links that come up in the network namespace of the calling thread good for IPv6 at once. A link's own link-local
+// address, from which neighbours are asked for, is of no use for its first two seconds otherwise (RFC 4862, 5.4).
+func nodad() error {
+	return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0o644)
 }
 
 // forward makes the network namespace of the calling thread a router: that is the one whose sysctls /proc/sys/net shows.

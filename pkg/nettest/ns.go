@@ -245,6 +245,10 @@ func (e End) setUp() error {
 	if err != nil {
 		return err
 	}
+	// Without this, neighbours cannot be asked for during the two seconds that the link's own address is tentative.
+	if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+e.Name+"/accept_dad", []byte("0"), 0o644); err != nil {
+		return err
+	}
 	if err := netlink.LinkSetUp(l); err != nil {
 		return err
 	}

@@ -37,6 +37,8 @@ type adding struct {
 	ports *attachment.Lock
 	a     *attachment.Attachment
 	ipam  *types100.Result // of a delegated plugin
+	// routes are the destinations that the container now reaches over the link.
+	routes []netip.Prefix
 }
 
 // step is a part of ADD and what takes it back. undo is called for a step that failed half way too.
@@ -203,8 +205,9 @@ func (add *adding) lockPorts(ctx context.Context) (err error) {
 
 func (add *adding) record(context.Context) error { return add.store.Put(add.a) }
 
-func (add *adding) link(ctx context.Context) error {
-	return podlink.Create(ctx, podlink.Link{Attachment: add.a, Routes: add.cfg.IPAM.Routes})
+func (add *adding) link(ctx context.Context) (err error) {
+	add.routes, err = podlink.Create(ctx, podlink.Link{Attachment: add.a, Routes: add.cfg.IPAM.Routes})
+	return err
 }
 
 func (add *adding) mapPorts(ctx context.Context) error {

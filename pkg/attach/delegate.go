@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -59,8 +61,15 @@ func addressesOf(result *types100.Result) (addrs []netip.Addr, err error) {
 	return addrs, nil
 }
 
+// delegateDel says which container is meant by itself, for it is called from GC too, whose environment names none.
 func delegateDel(ctx context.Context, cfg *cniconf.Config) error {
-	return named(cfg, "DEL", invoke.DelegateDel(ctx, cfg.IPAM.Type, cfg.Stdin, nil))
+	args := &invoke.Args{Command: "DEL", ContainerID: cfg.ContainerID, NetNS: cfg.NetNS, IfName: cfg.IfName,
+		PluginArgsStr: os.Getenv("CNI_ARGS"), Path: os.Getenv("CNI_PATH")}
+	path, err := invoke.FindInPath(cfg.IPAM.Type, filepath.SplitList(args.Path))
+	if err == nil {
+		err = invoke.ExecPluginWithoutResult(ctx, path, cfg.Stdin, args, nil)
+	}
+	return named(cfg, "DEL", err)
 }
 
 func delegateCheck(ctx context.Context, cfg *cniconf.Config) error {

@@ -79,12 +79,14 @@ func stale(store *attachment.Store, cfg *cniconf.Config) ([]*attachment.Attachme
 	return dead, nil
 }
 
-// collect is DEL without a DEL's environment; another ipam plugin gets a GC of its own.
+// collect is DEL without a DEL's environment. The ipam plugin that gave the addresses gets a DEL too: few do anything at GC.
 func collect(ctx context.Context, cfg *cniconf.Config, store *attachment.Store, a *attachment.Attachment) error {
 	own := *cfg
-	own.ContainerID, own.IfName = a.ContainerID, a.IfName
+	own.ContainerID, own.IfName, own.NetNS = a.ContainerID, a.IfName, a.NetNS
 	own.IPAM.Type = cniconf.OwnIPAM
-	a.IPAM = ""
+	if a.IPAM != "" {
+		own.IPAM.Type = a.IPAM
+	}
 	return detach(ctx, &own, store, a)
 }
 

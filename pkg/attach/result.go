@@ -25,7 +25,9 @@ func (add *adding) result() *types100.Result {
 			Address:   network(netip.PrefixFrom(a, a.BitLen())),
 			Gateway:   podlink.Gateway(a).AsSlice(),
 		})
-		result.Routes = append(result.Routes, routes(add, a)...)
+	}
+	for _, dst := range add.routes {
+		result.Routes = append(result.Routes, &types.Route{Dst: network(dst), GW: podlink.Gateway(dst.Addr()).AsSlice()})
 	}
 	switch {
 	case !add.cfg.DNS.IsEmpty():
@@ -41,21 +43,6 @@ func interfaces(a *attachment.Attachment) []*types100.Interface {
 		{Name: a.HostInterface, Mac: a.HostMAC, Mtu: a.MTU},
 		{Name: a.IfName, Mac: a.PodMAC, Mtu: a.MTU, Sandbox: a.NetNS},
 	}
-}
-
-// routes are those that lead out of the container through this interface.
-func routes(add *adding, a netip.Addr) []*types.Route {
-	zero := netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-	if a.Is4() {
-		zero = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-	}
-	var out []*types.Route
-	for _, dst := range append([]netip.Prefix{zero}, add.cfg.IPAM.Routes...) {
-		if dst.Addr().Is4() == a.Is4() {
-			out = append(out, &types.Route{Dst: network(dst), GW: podlink.Gateway(a).AsSlice()})
-		}
-	}
-	return out
 }
 
 func network(p netip.Prefix) net.IPNet {

@@ -77,23 +77,28 @@ func checkPod(l Link) error {
 		if !found {
 			errs = append(errs, fmt.Errorf("the pod's end does not have the address %s", want))
 		}
-		for _, r := range podRoutes(l, link.Attrs().Index, want) {
-			dst, _ := netip.AddrFromSlice(r.Dst.IP)
-			ones, _ := r.Dst.Mask.Size()
-			if ones > 0 && !hasRoute(r.LinkIndex, netip.PrefixFrom(dst, ones)) {
-				errs = append(errs, fmt.Errorf("the pod has no route to %s", r.Dst))
+		for _, dst := range destinations(l, want) {
+			if !hasRoute(link.Attrs().Index, dst) && !(dst.Bits() > 0 && anyRoute(dst)) {
+				errs = append(errs, fmt.Errorf("the pod has no route to %s over the link", dst))
 			}
 		}
 	}
 	return errors.Join(errs...)
 }
 
+// hasRoute looks for a route over a link in any table: the default route of a further interface is in one of its own.
 func hasRoute(link int, dst netip.Prefix) bool {
+	return routeTo(&netlink.Route{LinkIndex: link, Dst: ipNet(dst)}, netlink.RT_FILTER_OIF)
+}
+
+// anyRoute looks for a route over any link: where two interfaces are configured with one destination, the first has it.
+func anyRoute(dst netip.Prefix) bool { return routeTo(&netlink.Route{Dst: ipNet(dst)}, 0) }
+
+func routeTo(want *netlink.Route, filter uint64) bool {
 	family := unix.AF_INET6
-	if dst.Addr().Is4() {
+	if want.Dst.IP.To4() != nil {
 		family = unix.AF_INET
 	}
-	found, err := netlink.RouteListFiltered(family, &netlink.Route{LinkIndex: link, Dst: ipNet(dst)},
-		netlink.RT_FILTER_OIF|netlink.RT_FILTER_DST)
+	found, err := netlink.RouteListFiltered(family, want, filter|netlink.RT_FILTER_DST|netlink.RT_FILTER_TABLE)
 	return err == nil && len(found) > 0
 }

@@ -39,38 +39,43 @@ type Link struct {
 // links, that takes up to some 50 ms when many go together.
 const retryFor = time.Second
 
-// Create makes the link in the calling thread's network namespace and the container's. A link of the same name that an older
-// sandbox of the pod left is taken over. On failure [Delete] removes what was made.
-func Create(ctx context.Context, l Link) error {
-	if err := create(ctx, l); err != nil {
-		return fmt.Errorf("link %s to %s in %s: %w", l.HostInterface, l.IfName, l.NetNS, err)
+// Create makes the link in the calling thread's network namespace and the container's, and returns the destinations to which
+// the container's routes lead over it. A link of the same name that an older sandbox of the pod left is taken over. On failure
+// [Delete] removes what was made.
+func Create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
+	if routes, err = create(ctx, l); err != nil {
+		return nil, fmt.Errorf("link %s to %s in %s: %w", l.HostInterface, l.IfName, l.NetNS, err)
 	}
-	return nil
+	return routes, nil
 }
 
-func create(ctx context.Context, l Link) error {
+func create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
 	pod, err := ns.GetNS(l.NetNS)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer pod.Close()
 	if err := forwarding(l); err != nil {
-		return err
+		return nil, err
 	}
 	host, err := addVeth(ctx, l, pod)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := hostSysctls(l); err != nil {
-		return err
+		return nil, err
 	}
 	if err := hostEnd(l, host); err != nil {
+		return nil, err
+	}
+	err = pod.Do(func(ns.NetNS) (err error) {
+		routes, err = podEnd(l)
 		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("the pod's end: %w", err)
 	}
-	if err := pod.Do(func(ns.NetNS) error { return podEnd(l) }); err != nil {
-		return fmt.Errorf("the pod's end: %w", err)
-	}
-	return hostRoutes(l, host) // last: from here on packets reach a pod that can answer
+	return routes, hostRoutes(l, host) // last: from here on packets reach a pod that can answer
 }
 
 // addVeth makes the pair, both ends down, the pod's end in its namespace under its final name.
@@ -184,69 +189,107 @@ func hostRoutes(l Link, host netlink.Link) error {
 }
 
 // podEnd runs in the pod's namespace.
-func podEnd(l Link) error {
+func podEnd(l Link) (routes []netip.Prefix, err error) {
 	if err := podSysctls(l); err != nil {
-		return err
+		return nil, err
 	}
 	link, err := netlink.LinkByName(l.IfName)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := netlink.LinkSetUp(link); err != nil {
-		return fmt.Errorf("set up: %w", err)
+		return nil, fmt.Errorf("set up: %w", err)
 	}
 	mac, err := net.ParseMAC(l.HostMAC)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, a := range l.Addresses {
-		if err := podAddress(l, link, a, mac); err != nil {
-			return err
+		of, err := podAddress(l, link, a, mac)
+		if err != nil {
+			return nil, err
 		}
+		routes = append(routes, of...)
 	}
-	return nil
+	return routes, nil
 }
 
-func podAddress(l Link, link netlink.Link, a netip.Addr, hostMAC net.HardwareAddr) error {
+func podAddress(l Link, link netlink.Link, a netip.Addr, hostMAC net.HardwareAddr) (routes []netip.Prefix, err error) {
 	addr := &netlink.Addr{IPNet: ipNet(single(a))}
 	if a.Is6() {
 		addr.Flags = unix.IFA_F_NODAD
 	}
 	if err := netlink.AddrAdd(link, addr); err != nil {
-		return fmt.Errorf("add %s: %w", a, err)
+		return nil, fmt.Errorf("add %s: %w", a, err)
 	}
 	if err := netlink.NeighSet(neighbour(link, Gateway(a), hostMAC)); err != nil {
-		return fmt.Errorf("set the neighbour %s: %w", Gateway(a), err)
+		return nil, fmt.Errorf("set the neighbour %s: %w", Gateway(a), err)
 	}
-	for _, r := range podRoutes(l, link.Attrs().Index, a) {
-		add := netlink.RouteAdd
-		if r.Gw == nil {
-			add = netlink.RouteAppend // every interface has its own way to the one gateway
-		}
-		if err := add(&r); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("add the route to %v: %w", r.Dst, err)
+	index := link.Attrs().Index
+	if a.Is4() { // every interface has its own way to the one gateway
+		gateway := &netlink.Route{LinkIndex: index, Dst: ipNet(single(Gateway4)), Scope: netlink.SCOPE_LINK, Src: a.AsSlice()}
+		if err := netlink.RouteAppend(gateway); err != nil && !errors.Is(err, unix.EEXIST) {
+			return nil, fmt.Errorf("add the route to %s: %w", Gateway4, err)
 		}
 	}
-	return nil
+	for _, dst := range destinations(l, a) {
+		err := netlink.RouteAdd(through(index, a, dst, unix.RT_TABLE_MAIN))
+		if err == nil {
+			routes = append(routes, dst)
+			continue
+		}
+		if !errors.Is(err, unix.EEXIST) {
+			return nil, fmt.Errorf("add the route to %s: %w", dst, err)
+		}
+		if dst.Bits() == 0 { // another interface has the default route
+			if err := bySource(index, a, dst); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return routes, nil
 }
 
-// podRoutes are the routes of a family: the gateway itself, the default, and what the configuration adds. A second interface
-// finds the default route taken and leaves it.
-func podRoutes(l Link, index int, a netip.Addr) []netlink.Route {
-	gateway, zero := Gateway(a), netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-	var routes []netlink.Route
+// destinations are those of a family that the pod's routes lead to over the link: everything, and what the configuration adds.
+func destinations(l Link, a netip.Addr) []netip.Prefix {
+	everything := netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 	if a.Is4() {
-		zero = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-		routes = append(routes, netlink.Route{LinkIndex: index, Dst: ipNet(single(gateway)), Scope: netlink.SCOPE_LINK,
-			Src: a.AsSlice()})
+		everything = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 	}
-	for _, dst := range append([]netip.Prefix{zero}, l.Routes...) {
+	list := []netip.Prefix{everything}
+	for _, dst := range l.Routes {
 		if dst.Addr().Is4() == a.Is4() {
-			routes = append(routes, netlink.Route{LinkIndex: index, Dst: ipNet(dst), Gw: gateway.AsSlice(), Src: a.AsSlice(),
-				Flags: int(netlink.FLAG_ONLINK)})
+			list = append(list, dst)
 		}
 	}
-	return routes
+	return list
+}
+
+// through is a route by the link's gateway.
+func through(index int, a netip.Addr, dst netip.Prefix, table int) *netlink.Route {
+	return &netlink.Route{LinkIndex: index, Dst: ipNet(dst), Gw: Gateway(a).AsSlice(), Src: a.AsSlice(), Table: table,
+		Flags: int(netlink.FLAG_ONLINK)}
+}
+
+// tableBase and the link's index make the number of a further interface's own routing table in the pod.
+const tableBase = 0x70730000
+
+// bySource gives a further interface of a pod a default route of its own, for packets with its own address: a reply that left
+// by the first interface would have a source there that is not that link's, and be dropped as forged.
+func bySource(index int, a netip.Addr, everything netip.Prefix) error {
+	table := tableBase + index
+	if err := netlink.RouteReplace(through(index, a, everything, table)); err != nil {
+		return fmt.Errorf("add the default route for packets from %s: %w", a, err)
+	}
+	rule := netlink.NewRule()
+	rule.Src, rule.Table, rule.Family = ipNet(single(a)), table, unix.AF_INET6
+	if a.Is4() {
+		rule.Family = unix.AF_INET
+	}
+	if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add the rule for packets from %s: %w", a, err)
+	}
+	return nil
 }
 
 // Delete removes the link if it belongs to the attachment: by its alias, or because it has none yet, which only a killed ADD

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -79,6 +80,11 @@ func (a *API) Snapshot() object.Cluster {
 	return c
 }
 
+// Take implements [Source].
+func (a *API) Take() object.Changes {
+	return object.Changes{Pods: a.pods.take(), Namespaces: a.namespaces.take(), Policies: a.policies.take()}
+}
+
 // Problems implements [Source].
 func (a *API) Problems() []string {
 	return slices.Concat(a.pods.problems(), a.namespaces.problems(), a.policies.problems())
@@ -100,6 +106,8 @@ type cacheOf[T any] struct {
 	mu    sync.Mutex
 	full  bool
 	items map[string]versioned[T]
+	// changed are the keys of objects that take has not told of yet.
+	changed map[string]bool
 	// newest is the highest version seen. Events come in their order: with one later than a list, all of the list is in.
 	newest uint64
 	err    error // of the last list or watch
@@ -111,7 +119,8 @@ type versioned[T any] struct {
 }
 
 func newCache[T any](changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T) *cacheOf[T] {
-	c := &cacheOf[T]{resource: resource, like: like, strip: strip, changes: changes, items: map[string]versioned[T]{}}
+	c := &cacheOf[T]{resource: resource, like: like, strip: strip, changes: changes, items: map[string]versioned[T]{},
+		changed: map[string]bool{}}
 	plain := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
 	c.source = &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
@@ -167,6 +176,18 @@ func (c *cacheOf[T]) list() []T {
 	return list
 }
 
+// take returns the changed objects by their "namespace/name", or by their name if they have no namespace.
+func (c *cacheOf[T]) take() map[string]T {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	changed := make(map[string]T, len(c.changed))
+	for key := range c.changed {
+		changed[strings.TrimPrefix(key, "/")] = c.items[key].object // nil if it is gone
+	}
+	clear(c.changed)
+	return changed
+}
+
 // identify returns an object's key and version.
 func identify(o any) (key string, version uint64, err error) {
 	m, err := meta.Accessor(o)
@@ -185,7 +206,7 @@ func (c *cacheOf[T]) Add(o any) error {
 	}
 	stripped := c.strip(o.(runtime.Object))
 	c.mu.Lock()
-	c.items[key] = versioned[T]{stripped, version}
+	c.items[key], c.changed[key] = versioned[T]{stripped, version}, true
 	c.newest = max(c.newest, version)
 	c.mu.Unlock()
 	c.changes.send()
@@ -203,6 +224,7 @@ func (c *cacheOf[T]) Delete(o any) error {
 	}
 	c.mu.Lock()
 	delete(c.items, key)
+	c.changed[key] = true
 	c.newest = max(c.newest, version)
 	c.mu.Unlock()
 	c.changes.send()
@@ -220,6 +242,16 @@ func (c *cacheOf[T]) Replace(list []any, _ string) error {
 		items[key] = versioned[T]{c.strip(o.(runtime.Object)), version}
 	}
 	c.mu.Lock()
+	for key, was := range c.items {
+		if is, there := items[key]; !there || is.version != was.version {
+			c.changed[key] = true
+		}
+	}
+	for key := range items {
+		if _, there := c.items[key]; !there {
+			c.changed[key] = true
+		}
+	}
 	c.items, c.full = items, true
 	c.mu.Unlock()
 	c.changes.send()

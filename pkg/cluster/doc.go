@@ -19,6 +19,8 @@ type Source interface {
 	Synced() bool
 	// Snapshot returns the objects as they are now.
 	Snapshot() object.Cluster
+	// Take returns what has changed since it was last called; at first, everything.
+	Take() object.Changes
 	// Problems says in words what keeps the source from knowing the objects as they are; empty in good times.
 	Problems() []string
 	// Reread returns once Snapshot holds everything that was written before the call.

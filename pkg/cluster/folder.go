@@ -29,6 +29,7 @@ type Folder struct {
 	synced   bool
 	files    map[string]*file
 	snapshot object.Cluster
+	taken    object.Cluster // what Take has told of
 	problems []string
 }
 
@@ -71,6 +72,15 @@ func (f *Folder) Snapshot() object.Cluster {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.snapshot
+}
+
+// Take implements [Source].
+func (f *Folder) Take() object.Changes {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	changes := object.Diff(f.taken, f.snapshot)
+	f.taken = f.snapshot
+	return changes
 }
 
 // Problems implements [Source].

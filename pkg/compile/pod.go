@@ -1,18 +1,17 @@
 package compile
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
-	"fmt"
 	"slices"
 	"strings"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/postern-cni/postern/pkg/policy"
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
-// pod returns an isolated pod's chain of one direction: itself, then what each rule allows, then a drop.
-func (c *compiler) pod(g *policy.Guarded, side *policy.Side, d rule.Direction) rule.Chain {
+// podChain returns an isolated pod's chain of one direction: itself, then what each rule allows, then a drop.
+func podChain(g *policy.Guarded, d rule.Direction, f rule.Family) rule.Chain {
 	dirs := "src"
 	self := rule.Match(rule.In{Name: g.Interface})
 	if d == rule.Egress {
@@ -21,8 +20,8 @@ func (c *compiler) pod(g *policy.Guarded, side *policy.Side, d rule.Direction) r
 	chain := rule.Chain{Name: ChainOf(d, g.Interface), Rules: []rule.Rule{
 		{Matches: []rule.Match{self}, Action: rule.Return{}, Comment: "the pod itself"},
 	}}
-	for _, r := range side.Rules {
-		for _, matches := range c.allowed(&r, dirs) {
+	for _, r := range g.Side(d == rule.Egress).Rules {
+		for _, matches := range allowed(&r, dirs, f) {
 			same := func(o rule.Rule) bool { return slices.Equal(o.Matches, matches) }
 			if !slices.ContainsFunc(chain.Rules, same) {
 				chain.Rules = append(chain.Rules, rule.Rule{Matches: matches, Action: rule.Return{}, Comment: r.Origin})
@@ -39,7 +38,7 @@ func (c *compiler) pod(g *policy.Guarded, side *policy.Side, d rule.Direction) r
 }
 
 // allowed returns the conditions under which a rule lets a packet pass, each a list of matches: peers times ports.
-func (c *compiler) allowed(r *policy.Rule, dirs string) [][]rule.Match {
+func allowed(r *policy.Rule, dirs string, f rule.Family) [][]rule.Match {
 	ports := [][]rule.Match{nil}
 	if !r.AnyPort {
 		ports = nil
@@ -48,84 +47,39 @@ func (c *compiler) allowed(r *policy.Rule, dirs string) [][]rule.Match {
 		}
 	}
 	var out [][]rule.Match
-	for _, peers := range c.peers(r.Peers, dirs) {
+	for _, peers := range peerMatches(r.Peers, dirs, f) {
 		for _, port := range ports {
 			out = append(out, slices.Concat(peers, port))
 		}
 	}
-	for _, n := range r.Named {
-		proto := protocol(string(n.Protocol))
-		name := c.named(n, proto)
-		out = append(out, []rule.Match{rule.Protocol{Proto: proto}, rule.InSet{Name: name, Dirs: "dst,dst"}})
+	for _, g := range r.Named {
+		out = append(out, []rule.Match{rule.Protocol{Proto: protocol(g.Protocol)}, rule.InSet{Name: groupSet(g, f), Dirs: "dst,dst"}})
 	}
 	return out
 }
 
 func portMatches(p policy.Port) []rule.Match {
-	proto := protocol(string(p.Protocol))
+	proto := protocol(p.Protocol)
 	if p.From == 0 && p.To == 65535 {
 		return []rule.Match{rule.Protocol{Proto: proto}}
 	}
 	return []rule.Match{rule.Protocol{Proto: proto}, rule.DestPorts{Proto: proto, From: p.From, To: p.To}}
 }
 
-func protocol(name string) rule.Proto { return rule.Proto(strings.ToLower(name)) }
+func protocol(p corev1.Protocol) rule.Proto { return rule.Proto(strings.ToLower(string(p))) }
 
-// peers returns the alternatives for a list of peers: everyone, one of the pods, one of the blocks. A list that is empty in
+// peerMatches returns the alternatives for a list of peers: everyone, one of the pods, one of the blocks. A list that is empty in
 // this family has none: it never becomes everyone.
-func (c *compiler) peers(p *policy.Peers, dirs string) [][]rule.Match {
+func peerMatches(p *policy.Peers, dirs string, f rule.Family) [][]rule.Match {
 	if p == nil {
 		return [][]rule.Match{nil}
 	}
 	var out [][]rule.Match
-	if p.Selectors != "" {
-		var entries []rule.Entry
-		for _, a := range p.Pods {
-			if rule.FamilyOf(a) == c.family {
-				entries = append(entries, rule.Entry{Prefix: single(a)})
-			}
-		}
-		out = append(out, []rule.Match{c.set("p", rule.HashIP, p.Selectors, entries, dirs)})
+	if p.Pods != nil {
+		out = append(out, []rule.Match{rule.InSet{Name: groupSet(p.Pods, f), Dirs: dirs}})
 	}
-	var nets []rule.Entry
-	for _, b := range p.Blocks {
-		if rule.FamilyOf(b.Addr()) != c.family {
-			continue
-		}
-		for _, half := range policy.Halves(b) {
-			nets = append(nets, rule.Entry{Prefix: half})
-		}
-	}
-	if len(nets) > 0 {
-		out = append(out, []rule.Match{c.set("n", rule.HashNet, "blocks "+words(nets), nets, dirs)})
+	if p.Blocks != nil && len(prefixes(p.Blocks, f)) > 0 {
+		out = append(out, []rule.Match{rule.InSet{Name: blockSet(p.Blocks, f), Dirs: dirs}})
 	}
 	return out
-}
-
-func words(entries []rule.Entry) string {
-	texts := make([]string, 0, len(entries))
-	for _, e := range entries {
-		texts = append(texts, e.String())
-	}
-	return strings.Join(texts, " ")
-}
-
-func (c *compiler) named(n policy.Named, proto rule.Proto) string {
-	var entries []rule.Entry
-	for _, m := range n.Members {
-		if rule.FamilyOf(m.Addr()) == c.family {
-			entries = append(entries, rule.Entry{Prefix: single(m.Addr()), Proto: proto, Port: m.Port()})
-		}
-	}
-	return c.set("t", rule.HashIPPort, n.Key, entries, "").Name
-}
-
-// set makes a set that is named after what it means, so that all rules with the same peers share it.
-func (c *compiler) set(kind string, typ rule.SetType, key string, entries []rule.Entry, dirs string) rule.InSet {
-	sum := sha256.Sum256([]byte(key))
-	name := fmt.Sprintf("%s%s%d-%s", rule.SetPrefix, kind, c.family, hex.EncodeToString(sum[:8]))
-	if _, made := c.sets[name]; !made {
-		c.add(name, typ, rule.Peers, key, entries)
-	}
-	return rule.InSet{Name: name, Dirs: dirs}
 }

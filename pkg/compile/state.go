@@ -32,77 +32,164 @@ func ChainOf(d rule.Direction, hostInterface string) string {
 }
 
 // State returns everything that a family's tables and sets should hold for a model.
-func State(m *policy.Model, family rule.Family) *rule.State {
-	c := &compiler{family: family, sets: map[string]rule.Set{}}
-	c.own(m)
-	mangle := []rule.Chain{c.forward()}
-	for _, d := range []rule.Direction{rule.Ingress, rule.Egress} {
-		mangle = append(mangle, c.direction(m, d)...)
+func State(m *policy.Model, f rule.Family) *rule.State {
+	sets := map[string]rule.Set{}
+	for _, s := range own(f) {
+		sets[s.Name] = s
+	}
+	for _, g := range m.Pods {
+		entriesOf(g, f, func(name string, e rule.Entry) {
+			s := sets[name]
+			s.Entries = append(s.Entries, e)
+			sets[name] = s
+		})
+	}
+	mangle := []rule.Chain{forward(f)}
+	for _, d := range directions {
+		var isolated []string
+		for _, g := range m.Pods {
+			if side := g.Side(d == rule.Egress); side.Isolated {
+				isolated = append(isolated, g.Interface)
+				mangle = append(mangle, podChain(g, d, f))
+				needs(side, f, sets)
+			}
+		}
+		mangle = append(mangle, dispatch(d, isolated, f)...)
 	}
 	slices.SortFunc(mangle, func(a, b rule.Chain) int { return strings.Compare(a.Name, b.Name) })
 	state := &rule.State{
-		Family: family,
-		Chains: map[rule.Table][]rule.Chain{rule.Raw: {c.raw()}, rule.Mangle: mangle, rule.Filter: {accept()}},
+		Family: f,
+		Chains: map[rule.Table][]rule.Chain{rule.Raw: {raw(f)}, rule.Mangle: mangle, rule.Filter: {accept()}},
 		Hooks: []rule.Hook{
 			{Table: rule.Raw, Chain: "PREROUTING", Rule: rule.Rule{Action: rule.Jump{Chain: ChainRaw}}},
 			{Table: rule.Mangle, Chain: "FORWARD", Rule: rule.Rule{Action: rule.Jump{Chain: ChainForward}}},
 			{Table: rule.Filter, Chain: "FORWARD", Rule: rule.Rule{Action: rule.Jump{Chain: ChainAccept}}, Last: true},
 		},
 	}
-	for _, name := range slices.Sorted(maps.Keys(c.sets)) {
-		state.Sets = append(state.Sets, c.sets[name])
+	for _, name := range slices.Sorted(maps.Keys(sets)) {
+		s := sets[name]
+		slices.SortFunc(s.Entries, rule.Entry.Compare)
+		s.Entries = slices.Compact(s.Entries)
+		state.Sets = append(state.Sets, s)
 	}
 	return state
 }
 
-type compiler struct {
-	family rule.Family
-	sets   map[string]rule.Set
-}
-
-// own makes the sets with a role of their own: who is here, whose guard stands, and who is not isolated.
-func (c *compiler) own(m *policy.Model) {
-	var ready, local, openIn, openOut []rule.Entry
-	for i := range m.Pods {
-		g := &m.Pods[i]
-		for _, a := range g.Addresses {
-			if rule.FamilyOf(a) != c.family {
-				continue
-			}
-			local = append(local, rule.Entry{Prefix: single(a)})
-			if !g.Ready {
-				continue
-			}
-			pair := rule.Entry{Prefix: single(a), Iface: g.Interface}
-			ready = append(ready, pair)
-			if !g.Ingress.Isolated {
-				openIn = append(openIn, pair)
-			}
-			if !g.Egress.Isolated {
-				openOut = append(openOut, pair)
-			}
+// needs adds the sets that a side's rules look peers up in.
+func needs(side *policy.Side, f rule.Family, sets map[string]rule.Set) {
+	group := func(g *policy.Group) {
+		if name := groupSet(g, f); sets[name].Name == "" {
+			sets[name] = ofGroup(g, f)
 		}
 	}
-	c.add(rule.LocalSet(c.family), rule.HashIP, rule.Local, "addresses of this node's pods", local)
-	c.add(rule.ReadySet(c.family), rule.HashNetIface, rule.Ready, "pods whose guard stands", ready)
-	c.add(rule.OpenSet(c.family, rule.Ingress), rule.HashNetIface, rule.Open, "pods that no policy isolates for ingress", openIn)
-	c.add(rule.OpenSet(c.family, rule.Egress), rule.HashNetIface, rule.Open, "pods that no policy isolates for egress", openOut)
+	for _, r := range side.Rules {
+		if r.Peers != nil && r.Peers.Pods != nil {
+			group(r.Peers.Pods)
+		}
+		if r.Peers != nil && r.Peers.Blocks != nil {
+			if s, any := ofBlocks(r.Peers.Blocks, f); any {
+				sets[s.Name] = s
+			}
+		}
+		for _, g := range r.Named {
+			group(g)
+		}
+	}
 }
 
-func (c *compiler) add(name string, typ rule.SetType, role rule.Role, definition string, entries []rule.Entry) {
-	slices.SortFunc(entries, rule.Entry.Compare)
-	c.sets[name] = rule.Set{Name: name, Type: typ, Family: c.family, Role: role, Entries: slices.Compact(entries), Definition: definition}
+// Patch returns what has changed in the state since the index was as before the delta. What it leads to is what [State] makes
+// of the index's model.
+func Patch(x *policy.Index, d policy.Delta, f rule.Family) *rule.Patch {
+	p := rule.NewPatch(f)
+	for g, c := range d.Groups {
+		switch name := groupSet(g, f); {
+		case c.Created:
+			s := ofGroup(g, f)
+			p.Sets[name] = &s
+		case c.Dropped:
+			p.Sets[name] = nil
+		default:
+			p.Join[name] = memberEntries(g, c.Joined, f)
+			p.Leave[name] = memberEntries(g, c.Left, f)
+		}
+	}
+	for b, needed := range d.Blocks {
+		if s, any := ofBlocks(b, f); any && needed {
+			p.Sets[s.Name] = &s
+		} else if any {
+			p.Sets[s.Name] = nil
+		}
+	}
+	for _, i := range d.Interfaces {
+		replace(p, x, i)
+	}
+	for _, direction := range directions {
+		redispatch(p, x, d, direction)
+	}
+	return p
+}
+
+// replace adds what follows from an interface's new guard.
+func replace(p *rule.Patch, x *policy.Index, i policy.Replaced) {
+	f := p.Family
+	has := map[string]map[rule.Entry]bool{}
+	entriesOf(i.New, f, func(set string, e rule.Entry) {
+		if has[set] == nil {
+			has[set] = map[rule.Entry]bool{}
+		}
+		has[set][e] = true
+		p.Join[set] = append(p.Join[set], e)
+	})
+	entriesOf(i.Old, f, func(set string, e rule.Entry) {
+		// Another interface may have the address too.
+		if !has[set][e] && (e.Iface != "" || x.At(e.Prefix.Addr()) == nil) {
+			p.Leave[set] = append(p.Leave[set], e)
+		}
+	})
+	for _, d := range directions {
+		switch {
+		case i.New != nil && i.New.Side(d == rule.Egress).Isolated:
+			chain := podChain(i.New, d, f)
+			p.SetChain(rule.Mangle, chain.Name, chain.Rules)
+		case i.Old != nil && i.Old.Side(d == rule.Egress).Isolated:
+			p.SetChain(rule.Mangle, ChainOf(d, i.Old.Interface), nil)
+		}
+	}
+}
+
+// redispatch grows the tree of a direction anew if other interfaces are isolated now.
+func redispatch(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direction) {
+	isolated := func(g *policy.Guarded) bool { return g != nil && g.Side(d == rule.Egress).Isolated }
+	if !slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.Old) != isolated(i.New) }) {
+		return
+	}
+	now := x.Interfaces(d == rule.Egress)
+	before := slices.DeleteFunc(slices.Clone(now), func(link string) bool {
+		return slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.New) && i.New.Interface == link })
+	})
+	for _, i := range delta.Interfaces {
+		if isolated(i.Old) {
+			before = append(before, i.Old.Interface)
+		}
+	}
+	slices.Sort(before)
+	for _, chain := range dispatch(d, before, p.Family) {
+		p.SetChain(rule.Mangle, chain.Name, nil)
+	}
+	for _, chain := range dispatch(d, now, p.Family) {
+		p.SetChain(rule.Mangle, chain.Name, chain.Rules)
+	}
 }
 
 // raw drops what a pod's link may never send: a source that is not routed back to it, and packets for the node's loopback,
 // which route_localnet would let in (CVE-2020-8558).
-func (c *compiler) raw() rule.Chain {
+func raw(f rule.Family) rule.Chain {
 	chain := rule.Chain{Name: ChainRaw, Rules: []rule.Rule{{
 		Matches: []rule.Match{rule.In{Name: podLinks}, rule.RPFilter{Invert: true}},
 		Action:  rule.Drop{},
 		Comment: "a source that is not the pod's",
 	}}}
-	if c.family == rule.IPv4 {
+	if f == rule.IPv4 {
 		chain.Rules = append(chain.Rules, rule.Rule{
 			Matches: []rule.Match{rule.In{Name: podLinks}, rule.Dest{Prefix: netip.MustParsePrefix("127.0.0.0/8")}},
 			Action:  rule.Drop{},
@@ -112,20 +199,20 @@ func (c *compiler) raw() rule.Chain {
 	return chain
 }
 
-func (c *compiler) forward() rule.Chain {
+func forward(f rule.Family) rule.Chain {
 	from, to := rule.In{Name: podLinks}, rule.Out{Name: podLinks}
 	icmp := rule.ICMP
-	if c.family == rule.IPv6 {
+	if f == rule.IPv6 {
 		icmp = rule.ICMPv6
 	}
-	ready := rule.ReadySet(c.family)
+	ready := rule.ReadySet(f)
 	notAFlow := []rule.Match{rule.Protocol{Proto: rule.TCP}, rule.Syn{Not: true}, rule.CTState{States: "INVALID,NEW"}}
 	return rule.Chain{Name: ChainForward, Rules: []rule.Rule{
 		{Matches: []rule.Match{from, rule.InSet{Name: ready, Dirs: "src,src", Not: true}}, Action: rule.Drop{},
 			Comment: "from a pod that is not guarded yet"},
 		{Matches: []rule.Match{to, rule.InSet{Name: ready, Dirs: "dst,dst", Not: true}}, Action: rule.Drop{},
 			Comment: "to a pod that is not guarded yet"},
-		{Matches: []rule.Match{rule.In{Name: podLinks, Not: true}, rule.InSet{Name: rule.LocalSet(c.family), Dirs: "src"}},
+		{Matches: []rule.Match{rule.In{Name: podLinks, Not: true}, rule.InSet{Name: rule.LocalSet(f), Dirs: "src"}},
 			Action: rule.Drop{}, Comment: "a local pod's address from elsewhere"},
 		{Matches: []rule.Match{rule.CTState{States: "ESTABLISHED"}}, Action: rule.Return{}},
 		{Matches: []rule.Match{rule.Protocol{Proto: icmp}, rule.CTState{States: "RELATED"}}, Action: rule.Return{},
@@ -143,5 +230,3 @@ func accept() rule.Chain {
 		{Matches: []rule.Match{rule.Out{Name: podLinks}}, Action: rule.Accept{}},
 	}}
 }
-
-func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

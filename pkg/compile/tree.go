@@ -4,46 +4,33 @@ import (
 	"slices"
 
 	"github.com/postern-cni/postern/pkg/attachment"
-	"github.com/postern-cni/postern/pkg/policy"
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
 // leaf is the number of pods up to which a chain of the tree lists them; beyond it, the tree branches by the next digit.
 const leaf = 8
 
-// direction returns the chains of one direction: its entry with the dispatch tree, and the isolated pods' own.
-func (c *compiler) direction(m *policy.Model, d rule.Direction) []rule.Chain {
-	t := &tree{direction: d, entry: ChainTo, dirs: "dst,dst"}
+// dispatch returns the chains that lead to the chains of the isolated interfaces, which are sorted: the direction's entry, and
+// the branches of its tree.
+func dispatch(d rule.Direction, isolated []string, f rule.Family) []rule.Chain {
+	t := &tree{direction: d, entry: ChainTo}
+	dirs := "dst,dst"
 	if d == rule.Egress {
-		t.entry, t.dirs = ChainFrom, "src,src"
+		t.entry, dirs = ChainFrom, "src,src"
 	}
-	var isolated []string
-	var chains []rule.Chain
-	for i := range m.Pods {
-		g := &m.Pods[i]
-		side := &g.Ingress
-		if d == rule.Egress {
-			side = &g.Egress
-		}
-		if !side.Isolated {
-			continue
-		}
-		isolated = append(isolated, g.Interface)
-		chains = append(chains, c.pod(g, side, d))
-	}
-	t.grow(t.entry, attachment.GuardedPrefix, slices.Compact(isolated)) // the model's pods are sorted
-	t.chains[len(t.chains)-1].Rules = slices.Insert(t.chains[len(t.chains)-1].Rules, 0, rule.Rule{
-		Matches: []rule.Match{rule.InSet{Name: rule.OpenSet(c.family, d), Dirs: t.dirs}}, Action: rule.Return{},
+	t.grow(t.entry, attachment.GuardedPrefix, isolated)
+	entry := &t.chains[len(t.chains)-1]
+	entry.Rules = slices.Insert(entry.Rules, 0, rule.Rule{
+		Matches: []rule.Match{rule.InSet{Name: rule.OpenSet(f, d), Dirs: dirs}}, Action: rule.Return{},
 		Comment: "no policy isolates the pod for " + string(d),
 	})
-	return append(chains, t.chains...)
+	return t.chains
 }
 
 // tree finds an interface's chain in a number of steps that grows with the logarithm of the number of pods.
 type tree struct {
 	direction rule.Direction
-	entry     string // POSTERN-FROM or POSTERN-TO
-	dirs      string
+	entry     string       // POSTERN-FROM or POSTERN-TO
 	chains    []rule.Chain // a branch's chain comes after those it leads to
 }
 

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -22,7 +21,7 @@ func DeleteAddress(addr netip.Addr) error {
 		err = deleteFiltered(addressFilters(addr)...)
 	}
 	if errors.Is(err, errNoFilter) {
-		err = deleteEach(family(addr), func(f Flow) bool { return f.touches(addr) })
+		err = deleteEach(family(addr), func(f Flow) bool { return f.touches(func(a netip.Addr) bool { return a == addr }) })
 	}
 	if err != nil {
 		return fmt.Errorf("delete flows of %s: %w", addr, err)
@@ -75,13 +74,18 @@ func DeleteUDPPort(port uint16, hostIP netip.Addr) error {
 // List returns the flows that have one of the addresses as source or destination in either direction; without addresses,
 // all. It reads the whole table of the families asked for, once each.
 func List(addrs ...netip.Addr) ([]Flow, error) {
+	wanted := map[netip.Addr]bool{}
+	families := map[uint8]bool{}
+	for _, a := range addrs {
+		wanted[a.Unmap()], families[family(a.Unmap())] = true, true
+	}
 	var flows []Flow
 	for _, fam := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		if len(addrs) > 0 && !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return family(a.Unmap()) == fam }) {
+		if len(addrs) > 0 && !families[fam] {
 			continue
 		}
 		err := dump(fam, func(f Flow) {
-			if len(addrs) == 0 || slices.ContainsFunc(addrs, func(a netip.Addr) bool { return f.touches(a.Unmap()) }) {
+			if len(addrs) == 0 || f.touches(func(a netip.Addr) bool { return wanted[a] }) {
 				flows = append(flows, f)
 			}
 		})

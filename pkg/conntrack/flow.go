@@ -28,14 +28,9 @@ func (f Flow) String() string {
 	return fmt.Sprintf("%d %v->%v, reply %v->%v, zone %d", f.Proto, f.Orig.Src, f.Orig.Dst, f.Reply.Src, f.Reply.Dst, f.Zone)
 }
 
-// touches reports whether the address is at either end of either direction.
-func (f Flow) touches(addr netip.Addr) bool {
-	for _, a := range []netip.AddrPort{f.Orig.Src, f.Orig.Dst, f.Reply.Src, f.Reply.Dst} {
-		if a.Addr() == addr {
-			return true
-		}
-	}
-	return false
+// touches reports whether an address at either end of either direction is a wanted one.
+func (f Flow) touches(wanted func(netip.Addr) bool) bool {
+	return wanted(f.Orig.Src.Addr()) || wanted(f.Orig.Dst.Addr()) || wanted(f.Reply.Src.Addr()) || wanted(f.Reply.Dst.Addr())
 }
 
 // Attributes that package nl does not name (include/uapi/linux/netfilter/nfnetlink_conntrack.h).

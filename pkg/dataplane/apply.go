@@ -3,8 +3,10 @@ package dataplane
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/postern-cni/postern/pkg/ipset"
 	"github.com/postern-cni/postern/pkg/iptables"
@@ -13,111 +15,115 @@ import (
 
 // work is one Apply of one family.
 type work struct {
-	ctx    context.Context
-	plane  *Plane
-	f      *family
-	sets   *ipset.Sets
-	want   *rule.State
-	result *Result
-	left   int // entries taken out of sets
+	ctx     context.Context
+	plane   *Plane
+	f       *family
+	result  *Result
+	created map[string]bool // sets that no rule looks into yet
+	refused []error         // chains that iptables did not take and that are closed instead
 }
 
 // untilRules does everything up to the rules and what joins open and peer sets.
 func (w *work) untilRules() error {
-	if !w.f.known {
-		if err := w.plane.read(w.ctx, w.f); err != nil {
+	if !w.f.read {
+		if _, err := w.plane.readFamily(w.ctx, w.f); err != nil {
 			return err
 		}
 	}
 	if err := w.clearMisfits(); err != nil {
 		return err
 	}
-	for _, s := range w.want.Sets {
-		if err := w.prepare(s); err != nil {
-			return err
-		}
+	if err := w.eachSet(w.prepare); err != nil {
+		return err
 	}
 	if err := w.writeRules(); err != nil {
 		return err
 	}
-	for _, s := range w.want.Sets {
-		if s.Role == rule.Peers || s.Role == rule.Open {
-			if err := w.join(s); err != nil {
-				return err
-			}
+	return w.eachSet(w.join, rule.Peers, rule.Open)
+}
+
+// fromReady lets pods become ready and clears away what nobody uses.
+func (w *work) fromReady() error {
+	if err := w.eachSet(w.join, rule.Ready); err != nil {
+		return err
+	}
+	if err := w.dropChains(); err != nil {
+		return err
+	}
+	if err := w.eachSet(w.leave, rule.Local); err != nil {
+		return err
+	}
+	return w.dropSets()
+}
+
+// eachSet calls do for the wanted sets with something to do, of these roles or of all.
+func (w *work) eachSet(do func(*set) error, roles ...rule.Role) error {
+	names := maps.Clone(w.f.todo.sets)
+	for name, entries := range w.f.todo.entries {
+		if len(entries) == 0 {
+			delete(w.f.todo.entries, name)
+			continue
+		}
+		names[name] = true
+	}
+	for _, name := range sortedKeys(names) {
+		s := w.f.sets[name]
+		if s == nil || len(roles) > 0 && !slices.Contains(roles, s.Role) {
+			continue
+		}
+		if err := do(s); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// fromReady lets pods become ready and clears away what nobody uses.
-func (w *work) fromReady() error {
-	for _, s := range w.want.Sets {
-		if s.Role == rule.Ready {
-			if err := w.join(s); err != nil {
-				return err
-			}
-		}
-	}
-	if err := w.dropChains(); err != nil {
-		return err
-	}
-	for _, s := range w.want.Sets {
-		if s.Role == rule.Local {
-			if err := w.leave(s); err != nil {
-				return err
-			}
-		}
-	}
-	return w.dropSets()
-}
-
 // prepare creates a set that is missing, filled unless it is a ready set, and takes out of an existing one what leaves.
-func (w *work) prepare(s rule.Set) error {
-	if s.Role == rule.Peers || s.Role == rule.Open {
-		defer func(before int) { w.result.Tightened = w.result.Tightened || w.left > before }(w.left)
-	}
-	if w.f.sets[s.Name] == nil {
-		if err := w.create(s, s.Name); err != nil {
+func (w *work) prepare(s *set) error {
+	if w.f.held[s.Name] == "" {
+		if err := w.create(s.Set, s.Name, len(s.has)); err != nil {
 			return err
 		}
-		if s.Role == rule.Ready {
-			return nil
-		}
-		return w.join(s)
+		w.f.held[s.Name] = s.Type
+		w.f.todo.entries[s.Name] = maps.Clone(s.has)
+		w.created[s.Name] = true
 	}
-	if s.Role == rule.Local {
+	delete(w.f.todo.sets, s.Name)
+	switch {
+	case s.Role == rule.Local, w.created[s.Name] && s.Role != rule.Ready:
 		return w.join(s)
 	}
 	return w.leave(s)
 }
 
-func (w *work) create(s rule.Set, name string) error {
-	s.Name = name
+func (w *work) create(s rule.Set, name string, room int) error {
 	w.result.SetMessages++
-	if err := w.sets.Create(s); err != nil {
+	if err := w.plane.fail("set"); err != nil {
 		return err
 	}
-	w.f.sets[name] = &set{Set: s, has: map[rule.Entry]bool{}}
-	return nil
+	s.Name = name
+	return w.plane.sets.Create(s, room)
 }
 
-// join adds what is wanted and not there. A set without room for it is replaced by a larger one at once.
-func (w *work) join(s rule.Set) error {
-	has := w.f.sets[s.Name].has
-	for _, e := range s.Entries {
-		if has[e] {
+// join adds what is wanted and may not be there. A set without room for it is replaced by a larger one at once.
+func (w *work) join(s *set) error {
+	todo := w.f.todo.entries[s.Name]
+	for e := range todo {
+		if !s.has[e] {
 			continue
 		}
 		w.result.SetMessages++
-		err := w.sets.Add(s.Name, e)
+		err := w.plane.fail("join")
+		if err == nil {
+			err = w.plane.sets.Add(s.Name, e)
+		}
 		if errors.Is(err, ipset.ErrFull) {
 			return w.grow(s)
 		}
 		if err != nil {
 			return err
 		}
-		has[e] = true
+		delete(todo, e)
 	}
 	return nil
 }
@@ -125,36 +131,43 @@ func (w *work) join(s rule.Set) error {
 // growing is the name of the set that is about to take another one's place.
 const growing = rule.SetPrefix + "growing-"
 
-func (w *work) grow(s rule.Set) error {
-	name := growing + string("0123456789"[w.want.Family])
-	if err := w.sets.Destroy(name); err != nil {
+func (w *work) grow(s *set) error {
+	name := growing + string("0123456789"[w.f.tables.Family])
+	if err := w.plane.sets.Destroy(name); err != nil {
 		return err
 	}
-	if err := w.create(s, name); err != nil {
+	if err := w.create(s.Set, name, len(s.has)); err != nil {
 		return err
 	}
-	w.result.SetMessages += len(s.Entries) + 2
-	if err := errors.Join(w.sets.Add(name, s.Entries...), w.sets.Swap(name, s.Name), w.sets.Destroy(name)); err != nil {
+	w.result.SetMessages += len(s.has) + 2
+	entries := slices.Collect(maps.Keys(s.has))
+	err := w.plane.sets.Add(name, entries...)
+	if err == nil {
+		err = w.plane.sets.Swap(name, s.Name)
+	}
+	if err := errors.Join(err, w.plane.sets.Destroy(name)); err != nil {
 		return err
 	}
-	delete(w.f.sets, name)
-	w.f.sets[s.Name].has = entrySet(s.Entries)
+	delete(w.f.todo.entries, s.Name)
 	return nil
 }
 
-// leave takes out what is there and not wanted.
-func (w *work) leave(s rule.Set) error {
-	has, want := w.f.sets[s.Name].has, entrySet(s.Entries)
-	for _, e := range sorted(has) {
-		if want[e] {
+// leave takes out what may be there and is not wanted.
+func (w *work) leave(s *set) error {
+	todo := w.f.todo.entries[s.Name]
+	for e := range todo {
+		if s.has[e] {
 			continue
 		}
 		w.result.SetMessages++
-		if err := w.sets.Del(s.Name, e); err != nil {
+		w.result.Tightened = w.result.Tightened || s.Role == rule.Peers || s.Role == rule.Open
+		if err := w.plane.fail("leave"); err != nil {
 			return err
 		}
-		w.left++
-		delete(has, e)
+		if err := w.plane.sets.Del(s.Name, e); err != nil {
+			return err
+		}
+		delete(todo, e)
 	}
 	return nil
 }
@@ -163,21 +176,22 @@ func (w *work) leave(s rule.Set) error {
 // removed, so every chain of ours that leads to one is closed first; the rules that follow open what is allowed again.
 func (w *work) clearMisfits() error {
 	var misfits []string
-	for _, s := range w.want.Sets {
-		if is := w.f.sets[s.Name]; is != nil && is.Type != s.Type {
-			misfits = append(misfits, s.Name)
+	for name := range w.f.todo.sets {
+		if s, held := w.f.sets[name], w.f.held[name]; s != nil && held != "" && held != s.Type {
+			misfits = append(misfits, name)
 		}
 	}
 	if len(misfits) == 0 {
 		return nil
 	}
 	var changes []iptables.Change
-	for table, a := range w.f.actual {
+	for _, table := range w.plane.scope.Tables {
+		for name := range w.f.chains[table] {
+			w.f.todo.chain(table, name)
+		}
 		c := iptables.Change{Table: table}
-		for _, name := range slices.Sorted(maps.Keys(a.Chains)) {
-			closed := []rule.Rule{{Action: rule.Drop{}, Comment: "closed while the layout of the sets changes"}}
-			c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: closed})
-			a.Chains[name] = closed
+		for _, name := range sortedKeys(w.f.todo.chains[table]) {
+			c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: closed("while the layout of the sets changes")})
 		}
 		changes = append(changes, c)
 	}
@@ -185,71 +199,88 @@ func (w *work) clearMisfits() error {
 		return err
 	}
 	for _, name := range misfits {
-		if err := w.sets.Destroy(name); err != nil {
+		if err := w.plane.sets.Destroy(name); err != nil {
 			return err
 		}
-		delete(w.f.sets, name)
+		delete(w.f.held, name)
 	}
 	return nil
 }
 
-// writeRules writes the chains that differ and puts the hooks into place, all tables in one restore.
+func closed(why string) []rule.Rule {
+	return []rule.Rule{{Action: rule.Drop{}, Comment: "closed " + why}}
+}
+
+// writeRules writes the chains that differ and puts the hooks into place, all tables in one restore. A chain that iptables does
+// not take is closed and tried again later; it stops no other.
 func (w *work) writeRules() error {
-	var changes []iptables.Change
+	refused := map[string]bool{}
+	for {
+		changes := w.ruleChanges(refused)
+		err := w.restore(changes...)
+		if err == nil {
+			w.noteWritten(changes, refused)
+			return nil
+		}
+		chain := blamed(err)
+		if refused[chain] || !slices.ContainsFunc(changes, func(c iptables.Change) bool { return replaces(c, chain) }) {
+			return err
+		}
+		refused[chain] = true
+		w.refused = append(w.refused, fmt.Errorf("chain %s is closed, for it was refused: %w", chain, err))
+	}
+}
+
+func (w *work) ruleChanges(refused map[string]bool) (changes []iptables.Change) {
 	for _, table := range w.plane.scope.Tables {
-		actual := w.f.actual[table]
 		c := iptables.Change{Table: table}
-		for _, chain := range w.want.Chains[table] {
-			rules, there := actual.Chains[chain.Name]
-			if !there || !slices.EqualFunc(rules, chain.Rules, iptables.Equal) {
-				c.Replace = append(c.Replace, chain)
+		for _, name := range sortedKeys(w.f.todo.chains[table]) {
+			rules, wanted := w.f.chains[table][name]
+			if refused[name] {
+				rules = closed("because iptables refused its rules")
+			}
+			if wanted {
+				c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: rules})
 			}
 		}
-		w.placeHooks(&c, actual.Hooks)
+		if there, wrong := w.f.todo.hooks[table]; wrong {
+			for _, a := range there {
+				c.Unhook = append(c.Unhook, rule.Hook{Table: table, Chain: a.Chain, Rule: a.Rule})
+			}
+			c.Hook = w.f.hooksOf(table)
+		}
 		changes = append(changes, c)
 	}
-	if err := w.restore(changes...); err != nil {
-		return err
-	}
-	for _, c := range changes {
-		actual := w.f.actual[c.Table]
-		w.result.Tightened = w.result.Tightened || len(c.Replace) > 0
-		for _, chain := range c.Replace {
-			actual.Chains[chain.Name] = chain.Rules
-		}
-		if len(c.Hook)+len(c.Unhook) > 0 {
-			// The place among foreign rules is the kernel's to say.
-			a, err := w.f.tables.Save(w.ctx, c.Table)
-			if err != nil {
-				return err
-			}
-			actual.Hooks = w.plane.scope.within(a).Hooks
-		}
-	}
-	return nil
+	return changes
 }
 
-// placeHooks leaves a table's hooks alone if each wanted one is there once and in its place, and else sets them all anew.
-func (w *work) placeHooks(c *iptables.Change, actual []iptables.ActualHook) {
-	var want []rule.Hook
-	for _, h := range w.want.Hooks {
-		if h.Table == c.Table {
-			want = append(want, h)
+func (w *work) noteWritten(changes []iptables.Change, refused map[string]bool) {
+	for _, c := range changes {
+		w.result.Tightened = w.result.Tightened || len(c.Replace) > 0
+		for _, chain := range c.Replace {
+			if !refused[chain.Name] {
+				delete(w.f.todo.chains[c.Table], chain.Name)
+			}
 		}
+		delete(w.f.todo.hooks, c.Table)
 	}
-	right := len(want) == len(actual)
-	for _, h := range want {
-		right = right && slices.ContainsFunc(actual, func(a iptables.ActualHook) bool {
-			return a.Chain == h.Chain && iptables.Equal(a.Rule, h.Rule) && (h.Last || a.First)
-		})
+}
+
+// blamed is the chain whose line a restore was refused for.
+func blamed(err error) string {
+	var line *iptables.LineError
+	if !errors.As(err, &line) {
+		return ""
 	}
-	if right {
-		return
+	words := strings.Fields(line.Text)
+	if len(words) < 2 || words[0] != "-A" {
+		return ""
 	}
-	for _, a := range actual {
-		c.Unhook = append(c.Unhook, rule.Hook{Table: c.Table, Chain: a.Chain, Rule: a.Rule})
-	}
-	c.Hook = want
+	return words[1]
+}
+
+func replaces(c iptables.Change, chain string) bool {
+	return slices.ContainsFunc(c.Replace, func(r rule.Chain) bool { return r.Name == chain })
 }
 
 // dropChains removes the chains of ours that are not wanted; by now no rule leads to one.
@@ -257,12 +288,8 @@ func (w *work) dropChains() error {
 	var changes []iptables.Change
 	for _, table := range w.plane.scope.Tables {
 		c := iptables.Change{Table: table}
-		wanted := map[string]bool{}
-		for _, chain := range w.want.Chains[table] {
-			wanted[chain.Name] = true
-		}
-		for _, name := range slices.Sorted(maps.Keys(w.f.actual[table].Chains)) {
-			if !wanted[name] {
+		for _, name := range sortedKeys(w.f.todo.chains[table]) {
+			if _, wanted := w.f.chains[table][name]; !wanted {
 				c.Delete = append(c.Delete, name)
 			}
 		}
@@ -273,26 +300,28 @@ func (w *work) dropChains() error {
 	}
 	for _, c := range changes {
 		for _, name := range c.Delete {
-			delete(w.f.actual[c.Table].Chains, name)
+			delete(w.f.todo.chains[c.Table], name)
 		}
 	}
 	return nil
 }
 
 func (w *work) dropSets() error {
-	wanted := map[string]bool{}
-	for _, s := range w.want.Sets {
-		wanted[s.Name] = true
-	}
-	for _, name := range slices.Sorted(maps.Keys(w.f.sets)) {
-		if wanted[name] {
+	for _, name := range sortedKeys(w.f.todo.sets) {
+		if w.f.sets[name] != nil {
 			continue
 		}
-		w.result.SetMessages++
-		if err := w.sets.Destroy(name); err != nil {
-			return err
+		if w.f.held[name] != "" {
+			w.result.SetMessages++
+			if err := w.plane.fail("destroy"); err != nil {
+				return err
+			}
+			if err := w.plane.sets.Destroy(name); err != nil {
+				return err
+			}
 		}
-		delete(w.f.sets, name)
+		delete(w.f.held, name)
+		delete(w.f.todo.sets, name)
 	}
 	return nil
 }
@@ -305,6 +334,9 @@ func (w *work) restore(changes ...iptables.Change) error {
 	w.result.Restores++
 	for _, c := range changes {
 		w.result.Chains += len(c.Replace) + len(c.Delete)
+	}
+	if err := w.plane.fail("restore"); err != nil {
+		return err
 	}
 	return w.f.tables.Restore(w.ctx, text)
 }

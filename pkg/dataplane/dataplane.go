@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -24,38 +25,49 @@ type Scope struct {
 	Sets bool
 }
 
-// Plane is one scope of the kernel's state in the network namespace in which it was opened. It is not safe for concurrent
-// use.
+// Plane is one scope of the kernel's state in the network namespace in which it was opened: what is wanted there, and what of that
+// the kernel may not hold yet. It is not safe for concurrent use.
 type Plane struct {
-	backend iptables.Backend
-	scope   Scope
-	family  map[rule.Family]*family
+	// Fail, in tests, is asked before each step, by its name, and makes it fail.
+	Fail func(step string) error
+
+	scope  Scope
+	family map[rule.Family]*family
+	sets   *ipset.Sets // nil: not open
 }
 
-// family is what a Plane believes the kernel holds of one family.
-type family struct {
-	tables *iptables.Tables
-	known  bool // false: read before the next write
-	actual map[rule.Table]*iptables.Actual
-	sets   map[string]*set
-}
-
-type set struct {
-	rule.Set
-	has map[rule.Entry]bool
-}
-
-// Open finds the backend's programs. Nothing is read or written yet.
+// Open finds the backend's programs. Nothing is wanted, read or written yet.
 func Open(backend iptables.Backend, scope Scope) (*Plane, error) {
-	p := &Plane{backend: backend, scope: scope, family: map[rule.Family]*family{}}
+	p := &Plane{scope: scope, family: map[rule.Family]*family{}}
 	for _, f := range rule.Families {
 		t, err := iptables.New(backend, f)
 		if err != nil {
 			return nil, err
 		}
-		p.family[f] = &family{tables: t}
+		p.family[f] = newFamily(t)
 	}
 	return p, nil
+}
+
+// Close closes the connection to the kernel.
+func (p *Plane) Close() {
+	if p.sets != nil {
+		p.sets.Close()
+		p.sets = nil
+	}
+}
+
+// Want makes this state the wanted one, whatever was before. The kernel is read before the next write.
+func (p *Plane) Want(s *rule.State) { p.family[s.Family].replace(s) }
+
+// Change changes what is wanted.
+func (p *Plane) Change(c *rule.Patch) { p.family[c.Family].change(c) }
+
+// Reread has the kernel read before the next write.
+func (p *Plane) Reread() {
+	for _, f := range p.family {
+		f.read = false
+	}
 }
 
 // Result counts what an Apply did.
@@ -70,26 +82,29 @@ type Result struct {
 // Wrote reports whether anything was written.
 func (r Result) Wrote() bool { return r.Restores+r.SetMessages > 0 }
 
-// Apply brings the kernel to these states, one for each family. judge, which may be nil, is called between the rules and the
-// ready sets, once, after the rules of every family that could be written, with what was done so far; if it fails, no pod
-// becomes ready. The error joins what went wrong in each family; the same call again goes on where this one stopped.
-func (p *Plane) Apply(ctx context.Context, want []*rule.State, judge func(Result) error) (Result, error) {
+// Apply brings the kernel to what is wanted. judge, which may be nil, is called between the rules and the ready sets, once, after
+// the rules of every family that could be written, with what was done so far; if it fails, no pod becomes ready. The error joins
+// what went wrong in each family; the same call again goes on where this one stopped.
+func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (Result, error) {
 	var result Result
-	sets, err := ipset.Open()
-	if err != nil {
+	if err := p.open(); err != nil {
 		return result, err
 	}
-	defer sets.Close()
 	var works []*work
 	var errs []error
-	for _, state := range want {
-		w := &work{ctx: ctx, plane: p, f: p.family[state.Family], sets: sets, want: state, result: &result}
-		if err := w.untilRules(); err != nil {
-			w.f.known = false
-			errs = append(errs, fmt.Errorf("%s: %w", state.Family, err))
-			continue
+	failed := func(w *work, err error) {
+		if err != nil {
+			w.f.read = false
+			errs = append(errs, fmt.Errorf("%s: %w", w.f.tables.Family, err))
 		}
-		works = append(works, w)
+	}
+	for _, v := range rule.Families {
+		w := &work{ctx: ctx, plane: p, f: p.family[v], result: &result, created: map[string]bool{}}
+		err := w.untilRules()
+		failed(w, err)
+		if err == nil {
+			works = append(works, w)
+		}
 	}
 	if judge != nil {
 		if err := judge(result); err != nil {
@@ -97,12 +112,20 @@ func (p *Plane) Apply(ctx context.Context, want []*rule.State, judge func(Result
 		}
 	}
 	for _, w := range works {
-		if err := w.fromReady(); err != nil {
-			w.f.known = false
-			errs = append(errs, fmt.Errorf("%s: %w", w.want.Family, err))
-		}
+		failed(w, w.fromReady())
+		failed(w, errors.Join(w.refused...))
+	}
+	if len(errs) > 0 {
+		p.Close() // in case it is the connection that fails
 	}
 	return result, errors.Join(errs...)
+}
+
+func (p *Plane) open() (err error) {
+	if p.sets == nil && p.scope.Sets {
+		p.sets, err = ipset.Open()
+	}
+	return err
 }
 
 // Inherit makes the programs that are run keep a file open: a lock that must not be free before they have ended; nil for none.
@@ -115,17 +138,20 @@ func (p *Plane) Inherit(lock *os.File) {
 	}
 }
 
-// Holds reports whether the kernel's set had an entry when it was last read or written.
+// Known reports whether a family could be read since something last went wrong.
+func (p *Plane) Known(f rule.Family) bool { return p.family[f].read }
+
+// Holds reports whether the kernel's set has a wanted entry, as far as is known.
 func (p *Plane) Holds(f rule.Family, set string, e rule.Entry) bool {
-	s := p.family[f].sets[set]
-	return s != nil && s.has[e]
+	is := p.family[f]
+	s := is.sets[set]
+	return is.read && s != nil && s.has[e] && !is.todo.entries[set][e]
 }
 
-// Doubt makes the next Apply write an entry that it wants, whatever it believes the kernel holds: somebody else may have taken
-// it out.
+// Doubt makes the next Apply write an entry, whatever is known of the kernel: somebody else may have taken it out.
 func (p *Plane) Doubt(f rule.Family, set string, e rule.Entry) {
-	if s := p.family[f].sets[set]; s != nil {
-		delete(s.has, e)
+	if is := p.family[f]; is.sets[set] != nil {
+		is.todo.entry(set, e)
 	}
 }
 
@@ -138,54 +164,57 @@ type Difference struct {
 	Missing []rule.Entry
 }
 
-// Refresh reads the kernel and returns what differs from what this Plane has written; the next Apply repairs it.
+// Refresh reads the kernel and returns what differs from what is wanted and was not known to differ; the next Apply repairs it.
 func (p *Plane) Refresh(ctx context.Context) (found []Difference, err error) {
+	if err := p.open(); err != nil {
+		return nil, err
+	}
 	var errs []error
 	for _, v := range rule.Families {
 		f := p.family[v]
-		before, beforeSets, known := f.actual, f.sets, f.known
-		if err := p.read(ctx, f); err != nil {
+		known := f.read
+		differences, err := p.readFamily(ctx, f)
+		if err != nil {
 			errs = append(errs, err)
-			continue
-		}
-		if known {
-			found = append(found, differences(v, before, f.actual, beforeSets, f.sets)...)
+		} else if known {
+			found = append(found, differences...)
 		}
 	}
+	slices.SortFunc(found, func(a, b Difference) int { return strings.Compare(a.What, b.What) })
 	return found, errors.Join(errs...)
 }
 
-// read fills in what the kernel holds of a family.
-func (p *Plane) read(ctx context.Context, f *family) error {
-	f.known = false
-	actual := map[rule.Table]*iptables.Actual{}
+// readFamily finds out what the kernel does not hold as wanted.
+func (p *Plane) readFamily(ctx context.Context, f *family) (found []Difference, err error) {
+	f.read = false
+	known := f.todo
+	f.todo = newTodo()
 	for _, table := range p.scope.Tables {
+		if err := p.fail("read"); err != nil {
+			return nil, err
+		}
 		a, err := f.tables.Save(ctx, table)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		actual[table] = p.scope.within(a)
+		found = append(found, f.compareTable(table, p.scope.within(a), known)...)
 	}
-	held := map[string]*set{}
 	if p.scope.Sets {
-		sets, err := ipset.Open()
+		list, err := p.sets.List(rule.SetPrefix)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		defer sets.Close()
-		list, err := sets.List(rule.SetPrefix)
-		if err != nil {
-			return err
-		}
-		for _, s := range list {
-			if s.Family != f.tables.Family {
-				continue
-			}
-			held[s.Name] = &set{Set: s, has: entrySet(s.Entries)}
-		}
+		found = append(found, f.compareSets(list, known)...)
 	}
-	f.actual, f.sets, f.known = actual, held, true
-	return nil
+	f.read = true
+	return found, nil
+}
+
+func (p *Plane) fail(step string) error {
+	if p.Fail == nil {
+		return nil
+	}
+	return p.Fail(step)
 }
 
 func (s Scope) within(a *iptables.Actual) *iptables.Actual {
@@ -221,80 +250,6 @@ func leadsTo(r rule.Rule) string {
 	return ""
 }
 
-func entrySet(list []rule.Entry) map[rule.Entry]bool {
-	has := make(map[rule.Entry]bool, len(list))
-	for _, e := range list {
-		has[e] = true
-	}
-	return has
-}
-
-// differences tells where two readings of the kernel differ.
-func differences(
-	v rule.Family, before, after map[rule.Table]*iptables.Actual, setsBefore, setsAfter map[string]*set,
-) (found []Difference) {
-	note := func(format string, args ...any) {
-		found = append(found, Difference{What: v.String() + ": " + fmt.Sprintf(format, args...)})
-	}
-	for table, was := range before {
-		is := after[table]
-		for name, rules := range was.Chains {
-			got, there := is.Chains[name]
-			switch {
-			case !there:
-				note("chain %s of table %s is gone", name, table)
-			case !slices.EqualFunc(rules, got, iptables.Equal):
-				note("chain %s of table %s has other rules", name, table)
-			}
-		}
-		if !slices.EqualFunc(was.Hooks, is.Hooks, sameHook) {
-			note("the rules that lead into our chains of table %s have changed or moved", table)
-		}
-	}
-	for name, was := range setsBefore {
-		is := setsAfter[name]
-		if is == nil {
-			note("set %s is gone", name)
-			continue
-		}
-		missing, foreign := without(was.has, is.has), without(is.has, was.has)
-		if len(missing)+len(foreign) == 0 {
-			continue
-		}
-		note("set %s lacks %d entries and has %d foreign ones", name, len(missing), len(foreign))
-		if len(foreign) == 0 {
-			found[len(found)-1].Set, found[len(found)-1].Missing = name, missing
-		}
-	}
-	slices.SortFunc(found, func(a, b Difference) int { return strings.Compare(a.What, b.What) })
-	return found
-}
-
-// without lists what the one has and the other has not.
-func without(has, other map[rule.Entry]bool) []rule.Entry {
-	var list []rule.Entry
-	for e := range has {
-		if !other[e] {
-			list = append(list, e)
-		}
-	}
-	slices.SortFunc(list, rule.Entry.Compare)
-	return list
-}
-
-func sameHook(a, b iptables.ActualHook) bool {
-	return a.Chain == b.Chain && a.First == b.First && iptables.Equal(a.Rule, b.Rule)
-}
-
-func sorted(has map[rule.Entry]bool) []rule.Entry {
-	list := make([]rule.Entry, 0, len(has))
-	for e := range has {
-		list = append(list, e)
-	}
-	slices.SortFunc(list, rule.Entry.Compare)
-	return list
-}
-
 // HostPorts is the scope of hostPort's rules, which the plugin writes too.
 var HostPorts = Scope{
 	Tables: []rule.Table{rule.Raw, rule.NAT},
@@ -314,9 +269,12 @@ var Policies = Scope{
 // The scope has no sets.
 func WriteRules(ctx context.Context, t *iptables.Tables, scope Scope, want *rule.State) error {
 	p := &Plane{scope: scope}
-	w := &work{ctx: ctx, plane: p, f: &family{tables: t}, want: want, result: &Result{}}
-	if err := p.read(ctx, w.f); err != nil {
+	w := &work{ctx: ctx, plane: p, f: newFamily(t), result: &Result{}}
+	w.f.replace(want)
+	if _, err := p.readFamily(ctx, w.f); err != nil {
 		return err
 	}
-	return w.writeRules()
+	return errors.Join(append(w.refused, w.writeRules())...)
 }
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -27,6 +27,7 @@ type Source interface {
 	Changes() <-chan struct{}
 	Synced() bool
 	Snapshot() object.Cluster
+	Take() object.Changes
 	Problems() []string
 	Reread(ctx context.Context) error
 }
@@ -65,19 +66,27 @@ type Engine struct {
 	wake  chan struct{} // holds one value at most
 
 	// Used by the goroutine of Run alone.
-	records    map[attachment.Key]*attachment.Attachment
-	relist     bool // read all records again
-	guarded    map[pair]attachment.Key
-	first      bool // nothing has been applied yet
-	model      *policy.Model
-	portsSeen  bool
-	retry      time.Duration
-	unreported map[string]bool // problems that the log has already
+	index   *policy.Index
+	placed  map[string]placed // by the pod's "namespace/name"
+	records map[attachment.Key]*attachment.Attachment
+	relist  bool // read all records again
+	moved   bool // records or placed pods have changed
+	wanted  bool // the plane was told what is wanted
+	first   bool // nothing has been applied yet
+	// recorded are the pods that records name, ready the addresses that are to be ready, both as locals last saw them; guarded
+	// are those that the kernel has as ready.
+	recorded       map[string]bool
+	ready, guarded map[pair]attachment.Key
+	suspects       suspects // to be judged when something was taken away
+	again, next    suspects // to be judged a second time, and those after them
+	portsSeen      bool
+	retry          time.Duration
+	unreported     map[string]bool // problems that the log has already
 
 	mu      sync.Mutex
 	waiters []*waiter
 	status  Status
-	known   object.Cluster // of the last pass, with the addresses of records
+	pods    map[string]PodStatus // by interface
 	beat    time.Time
 }
 
@@ -90,7 +99,10 @@ type pair struct {
 // New prepares an engine; nothing is written yet.
 func New(c Config) (*Engine, error) {
 	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true, first: true,
-		records: map[attachment.Key]*attachment.Attachment{}, guarded: map[pair]attachment.Key{}, unreported: map[string]bool{}}
+		index: policy.NewIndex(), placed: map[string]placed{}, records: map[attachment.Key]*attachment.Attachment{},
+		guarded: map[pair]attachment.Key{}, unreported: map[string]bool{}, pods: map[string]PodStatus{}}
+	// A predecessor may have ended before it has judged the flows that its last change took something away from.
+	e.suspects = suspects{due: true, all: true}
 	var err, err2 error
 	e.plane, err = dataplane.Open(c.Backend, dataplane.Policies)
 	e.ports, err2 = dataplane.Open(c.Backend, dataplane.HostPorts)
@@ -127,6 +139,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	defer e.plane.Close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {
@@ -168,7 +181,8 @@ func (e *Engine) loop(ctx context.Context, watcher *fsnotify.Watcher) {
 			check = true
 		case <-again:
 			again, pass = nil, false
-			e.judge("again")
+			_ = e.judge(e.again) // it has reported its error
+			e.again, e.next = e.next, suspects{}
 		case <-retry:
 			retry = nil
 		}
@@ -176,14 +190,12 @@ func (e *Engine) loop(ctx context.Context, watcher *fsnotify.Watcher) {
 		if check {
 			pass = e.repair(ctx)
 		}
-		if !pass {
-			continue
+		if pass {
+			retry = e.backoff(e.pass(ctx))
 		}
-		tightened, err := e.pass(ctx)
-		if tightened {
+		if again == nil && e.again.some() {
 			again = time.After(judgeAgain)
 		}
-		retry = e.backoff(err)
 	}
 }
 

@@ -3,32 +3,78 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/postern-cni/postern/pkg/conntrack"
+	"github.com/postern-cni/postern/pkg/policy"
 )
 
-// judge ends the live flows of this node's pods that the model does not allow. A flow is judged by its source before any
-// translation and its real destination, which is the source of its replies.
-func (e *Engine) judge(when string) error {
-	if e.model == nil {
-		return nil
+// suspects are the addresses whose live flows may not be allowed any more.
+type suspects struct {
+	due       bool // something was taken away in the kernel
+	all       bool // any address of this node's pods
+	addresses map[netip.Addr]bool
+}
+
+func (s suspects) some() bool { return s.all || len(s.addresses) > 0 }
+
+// judgedOnce has those whom something was taken away from judged a second time, a little later; the others have lost nothing.
+func (e *Engine) judgedOnce() {
+	if e.suspects.due {
+		to := &e.again
+		if to.some() {
+			to = &e.next
+		}
+		to.all = to.all || e.suspects.all
+		if to.addresses == nil {
+			to.addresses = map[netip.Addr]bool{}
+		}
+		maps.Copy(to.addresses, e.suspects.addresses)
 	}
-	var addrs []netip.Addr
-	for i := range e.model.Pods {
-		addrs = append(addrs, e.model.Pods[i].Addresses...)
+	e.suspects = suspects{}
+}
+
+// suspect notes whom a change may have taken something away from.
+func (e *Engine) suspect(d policy.Delta) {
+	if e.suspects.addresses == nil {
+		e.suspects.addresses = map[netip.Addr]bool{}
+	}
+	for _, i := range d.Interfaces {
+		for _, g := range []*policy.Guarded{i.Old, i.New} {
+			if g == nil {
+				continue
+			}
+			for _, a := range g.Addresses {
+				e.suspects.addresses[a] = true
+			}
+		}
+	}
+	for _, c := range d.Groups {
+		for _, member := range c.Left {
+			e.suspects.addresses[member.Addr()] = true
+		}
+	}
+}
+
+// judge ends the live flows of suspects that policies do not allow. A flow is judged by its source before any translation and
+// its real destination, which is the source of its replies.
+func (e *Engine) judge(of suspects) error {
+	addrs := slices.Collect(maps.Keys(of.addresses))
+	if of.all {
+		addrs = e.index.Addresses()
 	}
 	if len(addrs) == 0 {
 		return nil
 	}
 	err := e.judgeFlows(addrs)
 	if err != nil {
-		e.Metrics.Failures.WithLabelValues("conntrack").Inc()
-		e.Log.Error("cannot judge live flows", "when", when, "error", err)
+		e.fail("conntrack", "cannot judge live flows", err)
 	}
 	return err
 }
@@ -46,7 +92,7 @@ func (e *Engine) judgeFlows(addrs []netip.Addr) error {
 	var errs []error
 	for _, f := range flows {
 		src, dst := f.Orig.Src.Addr(), f.Reply.Src
-		if e.model.Allowed(src, dst.Addr(), protocols[f.Proto], dst.Port(), isOwn) {
+		if e.index.Allowed(src, dst.Addr(), protocols[f.Proto], dst.Port(), isOwn) {
 			continue
 		}
 		if err := conntrack.Delete(f); err != nil {

@@ -10,7 +10,6 @@ import (
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/gate"
-	"github.com/postern-cni/postern/pkg/object"
 )
 
 // waiter waits for an attachment to be guarded, or, without one, for a pass that began after it came and ended well.
@@ -80,11 +79,7 @@ func (e *Engine) missing(w *waiter, failed error) string {
 	}
 	for _, addr := range w.a.Addresses {
 		if e.guarded[pair{addr, w.a.HostInterface}] != w.a.Key() {
-			byName := map[string]*object.Pod{}
-			for _, p := range e.known.Pods {
-				byName[p.Key()] = p
-			}
-			if _, why := match(byName, w.a); why != "" {
+			if _, why := match(e.index.Pod, w.a); why != "" {
 				return why
 			}
 			return fmt.Sprintf("a newer sandbox of pod %s/%s has its link %s", w.a.Pod.Namespace, w.a.Pod.Name, w.a.HostInterface)

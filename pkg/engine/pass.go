@@ -19,10 +19,10 @@ import (
 )
 
 // pass brings the kernel to what objects and records say now, and answers those who wait for it.
-func (e *Engine) pass(ctx context.Context) (tightened bool, err error) {
+func (e *Engine) pass(ctx context.Context) error {
 	waiting := e.waitingNow()
 	if !e.Source.Synced() {
-		return false, nil
+		return nil
 	}
 	e.Metrics.Synced.Set(1)
 	begin := time.Now()
@@ -32,54 +32,95 @@ func (e *Engine) pass(ctx context.Context) (tightened bool, err error) {
 	}
 	for _, w := range waiting {
 		if w.a != nil { // its record's event may still be on the way
-			e.records[w.a.Key()] = w.a
+			e.setRecord(w.a.Key(), w.a)
 		}
 	}
-	cluster := e.Source.Snapshot()
-	attached := e.attached()
-	locals := e.locals(cluster, attached)
-	e.model = policy.Resolve(policy.Input{Cluster: cluster, Local: locals})
-	result, err := e.apply(ctx, attached)
-	if err == nil {
-		e.first = false
-	}
-	e.account(cluster, begin, result, err, broken)
+	delta := e.learn(e.Source.Take())
+	result, err := e.apply(ctx)
+	e.account(delta, begin, result, err, broken)
 	e.answer(waiting, err)
-	return result.Tightened, err
+	return err
 }
 
-// locals lists the pod interfaces of this node: those attached, and those that the scheduler has placed here.
-func (e *Engine) locals(c object.Cluster, attached []*attachment.Attachment) []policy.Local {
-	byName := make(map[string]*object.Pod, len(c.Pods))
-	for _, p := range c.Pods {
-		byName[p.Key()] = p
-	}
-	var list []policy.Local
-	taken := map[string]bool{}
-	for _, a := range attached {
-		pod, _ := match(byName, a)
-		list = append(list, policy.Local{Pod: pod, Interface: a.HostInterface, Addresses: a.Addresses, Ready: pod != nil})
-		taken[a.HostInterface] = true
-	}
-	for _, p := range c.Pods {
-		if p.HostNetwork || p.Ended || p.Node != e.Node && !(e.Unplaced && p.Node == "") {
+// learn takes in what has changed, and changes what is wanted in the kernel accordingly.
+func (e *Engine) learn(changes object.Changes) policy.Delta {
+	for key, p := range changes.Pods {
+		was, here := e.placed[key]
+		e.moved = e.moved || here || e.recorded[key]
+		delete(e.placed, key)
+		if p == nil || p.HostNetwork || p.Ended || p.Node != e.Node && !(e.Unplaced && p.Node == "") {
 			continue
 		}
-		link := attachment.HostInterface(attachment.GuardedPrefix, p.Identity(), firstInterface)
-		if !taken[link] {
-			list = append(list, policy.Local{Pod: p, Interface: link})
+		if !here || was.pod.Identity() != p.Identity() {
+			was.link = attachment.HostInterface(attachment.GuardedPrefix, p.Identity(), firstInterface)
+		}
+		e.placed[key], e.moved = placed{p, was.link}, true
+	}
+	update := policy.Changes{Changes: changes}
+	if e.moved {
+		update.Locals, update.NewLocals = e.locals(func(key string) *object.Pod {
+			if p, changed := changes.Pods[key]; changed {
+				return p
+			}
+			return e.index.Pod(key)
+		}), true
+		e.moved = false
+	}
+	delta := e.index.Update(update)
+	for _, f := range rule.Families {
+		if e.wanted {
+			e.plane.Change(compile.Patch(e.index, delta, f))
+		} else {
+			e.plane.Want(compile.State(e.index.Model(), f))
 		}
 	}
-	return list
+	e.wanted = true
+	e.suspect(delta)
+	return delta
+}
+
+// placed is a pod that the scheduler has placed on this node, with the interface that it will have.
+type placed struct {
+	pod  *object.Pod
+	link string
 }
 
 // firstInterface is what runtimes call a pod's interface on the cluster's network.
 const firstInterface = "eth0"
 
+// locals lists the pod interfaces of this node: those attached, and those that the scheduler has placed here.
+func (e *Engine) locals(known func(key string) *object.Pod) []policy.Local {
+	e.recorded, e.ready = map[string]bool{}, map[pair]attachment.Key{}
+	var list []policy.Local
+	taken := map[string]bool{}
+	for _, a := range e.attached() {
+		pod, _ := match(known, a)
+		l := policy.Local{Pod: pod, Interface: a.HostInterface, Addresses: a.Addresses, Ready: pod != nil}
+		list = append(list, l)
+		taken[l.Interface] = true
+		e.recorded[podName(a)] = true
+		for _, addr := range l.Addresses {
+			if l.Ready {
+				e.ready[pair{addr, l.Interface}] = a.Key()
+			}
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(e.placed)) {
+		p := e.placed[key]
+		if !taken[p.link] {
+			list = append(list, policy.Local{Pod: p.pod, Interface: p.link})
+			taken[p.link] = true
+		}
+	}
+	return list
+}
+
+func podName(a *attachment.Attachment) string { return a.Pod.Namespace + "/" + a.Pod.Name }
+
 // match finds the pod of an attachment. A pod that was made again under the same name is another pod: the reason says so.
-func match(byName map[string]*object.Pod, a *attachment.Attachment) (*object.Pod, string) {
-	name := a.Pod.Namespace + "/" + a.Pod.Name
-	p := byName[name]
+func match(known func(key string) *object.Pod, a *attachment.Attachment) (*object.Pod, string) {
+	name := podName(a)
+	p := known(name)
 	switch {
 	case p == nil:
 		return nil, fmt.Sprintf("pod %s is not known", name)
@@ -92,63 +133,42 @@ func match(byName map[string]*object.Pod, a *attachment.Attachment) (*object.Pod
 		"of that name", name, p.UID, a.Pod.UID)
 }
 
-// apply writes the model into the kernel.
-func (e *Engine) apply(ctx context.Context, attached []*attachment.Attachment) (dataplane.Result, error) {
-	ready := e.readyPairs(attached)
+// apply writes into the kernel what is wanted and not there.
+func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 	var fresh []pair
-	for p, key := range ready {
+	for p, key := range e.ready {
 		if e.guarded[p] == key {
 			continue
 		}
 		fresh = append(fresh, p)
-		if e.first {
-			continue
-		}
 		// The plugin takes a pod out of these by itself, so what was written for a former sandbox may be gone.
 		f, entry := rule.FamilyOf(p.address), p.entry()
 		for _, set := range []string{rule.ReadySet(f), rule.OpenSet(f, rule.Ingress), rule.OpenSet(f, rule.Egress)} {
-			e.plane.Doubt(f, set, entry)
+			if !e.first {
+				e.plane.Doubt(f, set, entry)
+			}
 		}
 	}
-	var states []*rule.State
-	for _, f := range rule.Families {
-		states = append(states, compile.State(e.model, f))
-	}
-	judge := func(so dataplane.Result) error {
-		if so.Tightened && e.judge("now") != nil {
+	result, err := e.plane.Apply(ctx, func(so dataplane.Result) error {
+		e.suspects.due = e.suspects.due || so.Tightened
+		if e.suspects.due && e.judge(e.suspects) != nil {
 			return errors.New("live flows could not be judged")
 		}
 		return e.inheritNothing(fresh)
-	}
-	result, err := e.plane.Apply(ctx, states, judge)
+	})
+	maps.DeleteFunc(e.guarded, func(p pair, key attachment.Key) bool { return e.ready[p] != key })
 	if err == nil {
-		e.guarded = ready
-		return result, nil
+		for _, p := range fresh {
+			e.guarded[p] = e.ready[p]
+		}
+		e.first = false
+		e.judgedOnce()
 	}
-	maps.DeleteFunc(e.guarded, func(p pair, key attachment.Key) bool { return ready[p] != key })
 	return result, err
 }
 
 func (p pair) entry() rule.Entry {
 	return rule.Entry{Prefix: netip.PrefixFrom(p.address, p.address.BitLen()), Iface: p.link}
-}
-
-// readyPairs are the addresses that are to be ready, with the attachment whose they are.
-func (e *Engine) readyPairs(attached []*attachment.Attachment) map[pair]attachment.Key {
-	keys := map[string]attachment.Key{}
-	for _, a := range attached {
-		keys[a.HostInterface] = a.Key()
-	}
-	pairs := map[pair]attachment.Key{}
-	for i := range e.model.Pods {
-		g := &e.model.Pods[i]
-		for _, a := range g.Addresses {
-			if g.Ready {
-				pairs[pair{a, g.Interface}] = keys[g.Interface]
-			}
-		}
-	}
-	return pairs
 }
 
 // inheritNothing ends the flows of addresses that are about to become ready: they are a former owner's. What the kernel holds
@@ -157,8 +177,8 @@ func (e *Engine) inheritNothing(fresh []pair) error {
 	var errs []error
 	for _, p := range fresh {
 		f := rule.FamilyOf(p.address)
-		if e.first && e.plane.Holds(f, rule.ReadySet(f), p.entry()) {
-			continue
+		if e.first && (!e.plane.Known(f) || e.plane.Holds(f, rule.ReadySet(f), p.entry())) {
+			continue // of a family that could not be read, nobody becomes ready
 		}
 		errs = append(errs, conntrack.DeleteAddress(p.address))
 	}

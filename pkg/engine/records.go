@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -21,13 +22,24 @@ func (e *Engine) recordEvent(event fsnotify.Event) bool {
 	a, err := e.store.Get(key)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		delete(e.records, key)
+		e.setRecord(key, nil)
 	case err != nil:
 		e.relist = true // which reports what is wrong
 	default:
-		e.records[key] = a
+		e.setRecord(key, a)
 	}
 	return true
+}
+
+// setRecord notes what is attached under a key; nil for nothing any more.
+func (e *Engine) setRecord(key attachment.Key, a *attachment.Attachment) {
+	if was := e.records[key]; was != nil && a != nil && reflect.DeepEqual(was, a) {
+		return
+	}
+	e.moved = true
+	if e.records[key] = a; a == nil {
+		delete(e.records, key)
+	}
 }
 
 // readRecords reads all records afresh.
@@ -37,7 +49,7 @@ func (e *Engine) readRecords() []error {
 	for _, a := range list {
 		e.records[a.Key()] = a
 	}
-	e.relist = false
+	e.moved, e.relist = true, false
 	return errs
 }
 

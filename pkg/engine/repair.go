@@ -36,6 +36,9 @@ func (e *Engine) repair(ctx context.Context) bool {
 		}
 	}
 	e.repaired("policies", what)
+	if len(what) > 0 {
+		e.suspects.due, e.suspects.all = true, true
+	}
 	return true
 }
 
@@ -90,19 +93,14 @@ func (e *Engine) repairPorts(ctx context.Context) error {
 	defer lock.Release()
 	e.ports.Inherit(lock.File())
 	defer e.ports.Inherit(nil)
-	// What differs from the last look is mostly the plugin's own work; what differs from the records is not.
-	if _, err := e.ports.Refresh(ctx); err != nil {
-		return err
-	}
 	alive, err := e.alive()
 	if err != nil {
 		return err
 	}
-	var states []*rule.State
 	for _, f := range rule.Families {
-		states = append(states, hostport.State(f, alive))
+		e.ports.Want(hostport.State(f, alive))
 	}
-	result, err := e.ports.Apply(ctx, states, nil)
+	result, err := e.ports.Apply(ctx, nil)
 	if err == nil && result.Wrote() {
 		e.repaired("hostports", []string{"rules that are not what the records of attached pods say"})
 	}

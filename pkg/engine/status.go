@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -13,6 +14,8 @@ import (
 
 	"github.com/postern-cni/postern/pkg/dataplane"
 	"github.com/postern-cni/postern/pkg/explain"
+	"github.com/postern-cni/postern/pkg/ipset"
+	"github.com/postern-cni/postern/pkg/iptables"
 	"github.com/postern-cni/postern/pkg/object"
 	"github.com/postern-cni/postern/pkg/policy"
 )
@@ -60,16 +63,23 @@ const (
 )
 
 // account notes how a pass went: in the status, the metrics and the log.
-func (e *Engine) account(c object.Cluster, begin time.Time, r dataplane.Result, failed error, broken []error) {
+func (e *Engine) account(d policy.Delta, begin time.Time, r dataplane.Result, failed error, broken []error) {
 	now := time.Now()
 	problems := slices.Clone(e.Source.Problems())
 	for _, err := range broken {
 		problems = append(problems, err.Error())
 	}
-	pods := e.podStatus()
+	unusable := e.index.Problems()
 	e.mu.Lock()
+	for _, i := range d.Interfaces {
+		if i.New == nil {
+			delete(e.pods, i.Old.Interface)
+		} else {
+			e.pods[i.New.Interface] = podStatus(i.New)
+		}
+	}
 	s := &e.status
-	s.Synced, s.Pods, s.Policies, s.Unusable, s.Problems = true, pods, len(c.Policies), e.model.Problems, problems
+	s.Synced, s.Policies, s.Unusable, s.Problems = true, e.index.Policies(), unusable, problems
 	if failed != nil {
 		if s.Failing == "" {
 			s.FailingSince = now
@@ -81,61 +91,73 @@ func (e *Engine) account(c object.Cluster, begin time.Time, r dataplane.Result, 
 			s.Written = now
 		}
 	}
-	e.known = e.withRecords(c)
+	if len(d.Interfaces) > 0 {
+		e.countPods()
+	}
 	e.mu.Unlock()
 
-	e.measure(pods, len(c.Policies), r)
-	e.report(problems)
-	switch {
-	case failed != nil:
-		e.fail("apply", "the kernel is not up to date; trying again", failed)
-	case r.Wrote():
-		e.Metrics.Applied.Observe(now.Sub(begin).Seconds())
-		e.Log.Info("applied", "took", now.Sub(begin).Round(10*time.Microsecond), "restores", r.Restores, "chains", r.Chains,
-			"setMessages", r.SetMessages, "pods", len(pods), "policies", len(c.Policies))
-	}
-}
-
-func (e *Engine) podStatus() []PodStatus {
-	list := make([]PodStatus, 0, len(e.model.Pods))
-	for i := range e.model.Pods {
-		g := &e.model.Pods[i]
-		p := PodStatus{Interface: g.Interface, Addresses: g.Addresses, State: Unknown,
-			IngressIsolated: g.Ingress.Isolated, EgressIsolated: g.Egress.Isolated}
-		if g.Pod != nil {
-			p.Pod = g.Pod.Key()
-		}
-		switch {
-		case g.Ready:
-			p.State = Guarded
-		case len(g.Addresses) == 0:
-			p.State = Expected
-		}
-		list = append(list, p)
-	}
-	return list
-}
-
-func (e *Engine) measure(pods []PodStatus, policies int, r dataplane.Result) {
 	m := e.Metrics
 	m.Restores.Add(float64(r.Restores))
 	m.Chains.Add(float64(r.Chains))
 	m.SetMessages.Add(float64(r.SetMessages))
-	m.Policies.Set(float64(policies))
-	m.Unusable.Set(float64(len(e.model.Problems)))
+	m.Policies.Set(float64(e.index.Policies()))
+	m.Unusable.Set(float64(len(unusable)))
+	e.report(unusable, problems)
+	switch {
+	case failed != nil:
+		e.fail(kindOf(failed), "the kernel is not up to date; trying again", failed)
+	case r.Wrote():
+		m.Applied.Observe(now.Sub(begin).Seconds())
+		e.Log.Info("applied", "took", now.Sub(begin).Round(10*time.Microsecond), "restores", r.Restores, "chains", r.Chains,
+			"setMessages", r.SetMessages)
+	}
+}
+
+// kindOf names a failure's kind for the metrics.
+func kindOf(err error) string {
+	var refused *iptables.LineError
+	switch {
+	case errors.Is(err, iptables.ErrLocked):
+		return "lock"
+	case errors.Is(err, iptables.ErrMissingSet), errors.As(err, &refused):
+		return "restore"
+	case errors.Is(err, ipset.ErrFull):
+		return "set_full"
+	case errors.Is(err, ipset.ErrNotExist), errors.Is(err, ipset.ErrInUse):
+		return "set"
+	}
+	return "apply"
+}
+
+func podStatus(g *policy.Guarded) PodStatus {
+	p := PodStatus{Interface: g.Interface, Addresses: g.Addresses, State: Unknown,
+		IngressIsolated: g.Ingress.Isolated, EgressIsolated: g.Egress.Isolated}
+	if g.Pod != nil {
+		p.Pod = g.Pod.Key()
+	}
+	switch {
+	case g.Ready:
+		p.State = Guarded
+	case len(g.Addresses) == 0:
+		p.State = Expected
+	}
+	return p
+}
+
+func (e *Engine) countPods() {
 	count := map[string]int{}
-	for _, p := range pods {
+	for _, p := range e.pods {
 		count[p.State]++
 	}
 	for _, state := range []string{Guarded, Expected, Unknown} {
-		m.Pods.WithLabelValues(state).Set(float64(count[state]))
+		e.Metrics.Pods.WithLabelValues(state).Set(float64(count[state]))
 	}
 }
 
 // report logs each problem once, until it has gone.
-func (e *Engine) report(problems []string) {
+func (e *Engine) report(unusable []policy.Problem, problems []string) {
 	now := map[string]bool{}
-	for _, p := range e.model.Problems {
+	for _, p := range unusable {
 		now[fmt.Sprintf("NetworkPolicy %s cannot be used as written and closes the pods it selects: %s", p.Policy, p.Reason)] = true
 	}
 	for _, p := range problems {
@@ -151,15 +173,15 @@ func (e *Engine) report(problems []string) {
 
 // withRecords is the cluster with the addresses of this node's pods as their records have them.
 func (e *Engine) withRecords(c object.Cluster) object.Cluster {
-	here := map[*object.Pod][]netip.Addr{}
-	for i := range e.model.Pods {
-		if g := &e.model.Pods[i]; g.Pod != nil {
-			here[g.Pod] = append(here[g.Pod], g.Addresses...)
-		}
+	e.mu.Lock()
+	here := map[string][]netip.Addr{}
+	for _, p := range e.pods {
+		here[p.Pod] = append(here[p.Pod], p.Addresses...)
 	}
+	e.mu.Unlock()
 	pods := slices.Clone(c.Pods)
 	for i, p := range pods {
-		if addrs := here[p]; len(addrs) > 0 {
+		if addrs := here[p.Key()]; len(addrs) > 0 {
 			own := *p
 			own.IPs = addrs
 			pods[i] = &own
@@ -174,6 +196,10 @@ func (e *Engine) Status() Status {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	s := e.status
+	s.Pods = make([]PodStatus, 0, len(e.pods))
+	for _, link := range slices.Sorted(maps.Keys(e.pods)) {
+		s.Pods = append(s.Pods, e.pods[link])
+	}
 	if !s.Synced {
 		s.Problems = e.Source.Problems()
 	}
@@ -272,10 +298,7 @@ func (e *Engine) explain(q ExplainQuestion) (*Explanation, error) {
 	if err != nil {
 		return nil, err
 	}
-	e.mu.Lock()
-	known := e.known
-	e.mu.Unlock()
-	answers, err := explain.Between(known, q.From, q.To, q.Protocol, q.Port, slices.Collect(maps.Keys(own)))
+	answers, err := explain.Between(e.withRecords(e.Source.Snapshot()), q.From, q.To, q.Protocol, q.Port, slices.Collect(maps.Keys(own)))
 	if err != nil {
 		return nil, err
 	}

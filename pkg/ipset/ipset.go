@@ -46,13 +46,13 @@ func Open() (*Sets, error) {
 // Close closes the socket.
 func (s *Sets) Close() { s.h.Close() }
 
-// Create makes an empty set with room for its entries, which are not yet put in.
-func (s *Sets) Create(set rule.Set) error {
+// Create makes an empty set with room for twice a number of entries, and [MinRoom] at least.
+func (s *Sets) Create(set rule.Set, entries int) error {
 	family := uint8(unix.AF_INET)
 	if set.Family == rule.IPv6 {
 		family = unix.AF_INET6
 	}
-	room := uint32(max(MinRoom, 2*len(set.Entries)))
+	room := uint32(max(MinRoom, 2*entries))
 	err := s.h.IpsetCreate(set.Name, string(set.Type), netlink.IpsetCreateOptions{Family: family, MaxElements: room})
 	return wrap("create", set.Name, err)
 }

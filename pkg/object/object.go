@@ -68,3 +68,13 @@ type Cluster struct {
 	Namespaces []*Namespace
 	Policies   []*networkingv1.NetworkPolicy
 }
+
+// PolicyKey returns a NetworkPolicy's "namespace/name".
+func PolicyKey(np *networkingv1.NetworkPolicy) string { return np.Namespace + "/" + np.Name }
+
+// Changes are objects that are new, other than they were, or gone (nil): Pods and Policies by "namespace/name", Namespaces by name.
+type Changes struct {
+	Pods       map[string]*Pod
+	Namespaces map[string]*Namespace
+	Policies   map[string]*networkingv1.NetworkPolicy
+}

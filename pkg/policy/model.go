@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -20,8 +21,8 @@ type Input struct {
 
 // Local is one interface of a pod on this node.
 type Local struct {
-	// Pod is the very pointer that stands in Cluster.Pods. It is nil where the attached pod is not known (yet, or any more):
-	// then the interface is closed, and its addresses belong to nobody.
+	// Pod is nil where the attached pod is not known (yet, or any more): then the interface is closed, and its addresses belong
+	// to nobody.
 	Pod       *object.Pod
 	Interface string // the host end
 	// Addresses are those of the record, which beats any pod's status; empty for a pod that is only expected.
@@ -30,10 +31,10 @@ type Local struct {
 	Ready bool
 }
 
-// Model is what the policies mean for this node.
+// Model is what the policies mean for this node at one moment.
 type Model struct {
 	// Pods has one element for each of [Input.Local], sorted by interface.
-	Pods []Guarded
+	Pods []*Guarded
 	// Problems are the policies that cannot be used as written, sorted by policy.
 	Problems []Problem
 
@@ -46,16 +47,27 @@ type Problem struct {
 	Reason string // all that is wrong with it
 }
 
-// Guarded is an interface with what its pod's policies say.
+// Guarded is an interface with what its pod's policies say. It is not changed once it is handed out, but for the members of the
+// groups that its rules share.
 type Guarded struct {
 	Local
 	Ingress, Egress Side
+
+	policies []*policy // that select the pod
 }
 
 // Side is one direction of a pod: not isolated, everything passes; isolated, only what a rule allows does.
 type Side struct {
 	Isolated bool
 	Rules    []Rule
+}
+
+// Side returns the side of one direction, "Ingress" or "Egress".
+func (g *Guarded) Side(egress bool) *Side {
+	if egress {
+		return &g.Egress
+	}
+	return &g.Ingress
 }
 
 // Rule is one rule of one policy, for one pod: what matches a peer and a port is allowed.
@@ -68,7 +80,7 @@ type Rule struct {
 	AnyPort bool
 	Ports   []Port
 	// Named are egress rules' ports that each peer pod has under its own number.
-	Named []Named
+	Named []*Group
 }
 
 // Port is a range of ports of one protocol; 0 to 65535 is the whole protocol.
@@ -77,26 +89,55 @@ type Port struct {
 	From, To uint16
 }
 
-// Named are the (address, port) pairs behind a named port of an egress rule's peers.
-type Named struct {
-	Key      string // what it means, in words that are the same for the same meaning
-	Protocol corev1.Protocol
-	Members  []netip.AddrPort // sorted
-}
-
-// Peers is a list of peers, shared by all rules that say the same.
+// Peers is a list of peers: pods, blocks, or both.
 type Peers struct {
-	// Selectors is what selects pods among the peers, in words that are the same for the same meaning; empty for none.
-	Selectors string
-	Pods      []netip.Addr   // of the selected pods, sorted
-	Blocks    []netip.Prefix // disjoint, sorted, exceptions taken away; /0 possible
-
-	pods map[netip.Addr]bool
+	Pods   *Group  // nil: no selector is among them
+	Blocks *Blocks // nil: no block is
 }
 
 // contains reports whether an address is a peer.
 func (p *Peers) contains(a netip.Addr) bool {
-	return p == nil || p.pods[a] || slices.ContainsFunc(p.Blocks, func(b netip.Prefix) bool { return b.Contains(a) })
+	return p == nil || p.Pods != nil && p.Pods.Has(a) || p.Blocks != nil && p.Blocks.contains(a)
+}
+
+// Blocks are address blocks, shared by all rules that name the same addresses.
+type Blocks struct {
+	Key      string         // the same for the same addresses
+	Prefixes []netip.Prefix // disjoint, sorted, exceptions taken away; /0 possible
+
+	refs int
+}
+
+func (b *Blocks) contains(a netip.Addr) bool {
+	return slices.ContainsFunc(b.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// Group is a set of pod addresses that rules share. Without a protocol it holds the pods that a list of selectors picks. With
+// one it stands for a named port of an egress rule: it holds those that have the port, each with its own number.
+type Group struct {
+	Key      string // what it means, in words that are the same for the same meaning
+	Protocol corev1.Protocol
+
+	selectors []selector // nil: every pod
+	port      string     // the port's name
+	members   map[netip.Addr]uint16
+	refs      int
+}
+
+// Has reports whether an address is a member.
+func (g *Group) Has(a netip.Addr) bool {
+	_, in := g.members[a]
+	return in
+}
+
+// Members returns the addresses in order, with the port's number, or 0 in a group without a protocol.
+func (g *Group) Members() []netip.AddrPort {
+	list := make([]netip.AddrPort, 0, len(g.members))
+	for a, port := range g.members {
+		list = append(list, netip.AddrPortFrom(a, port))
+	}
+	slices.SortFunc(list, netip.AddrPort.Compare)
+	return list
 }
 
 // At returns the guarded interface that has an address, nil if none has.
@@ -106,7 +147,13 @@ func (m *Model) At(a netip.Addr) *Guarded { return m.at[a] }
 // translation. protocol is "" for one that policies cannot name (ICMP). own says which addresses are the node's own:
 // between a node and its own pods everything passes.
 func (m *Model) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint16, own func(netip.Addr) bool) bool {
-	from, to := m.at[src], m.at[dst]
+	return allowed(m.At, src, dst, protocol, port, own)
+}
+
+func allowed(
+	at func(netip.Addr) *Guarded, src, dst netip.Addr, protocol corev1.Protocol, port uint16, own func(netip.Addr) bool,
+) bool {
+	from, to := at(src), at(dst)
 	if from == nil && to == nil || src == dst || own(src) || own(dst) {
 		return true
 	}
@@ -124,7 +171,7 @@ func (s *Side) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint1
 
 func (r *Rule) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint16) bool {
 	for _, n := range r.Named {
-		if n.Protocol == protocol && slices.Contains(n.Members, netip.AddrPortFrom(dst, port)) {
+		if number, in := n.members[dst]; in && n.Protocol == protocol && number == port {
 			return true
 		}
 	}
@@ -136,17 +183,27 @@ func (r *Rule) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint1
 	})
 }
 
-// index sorts the pods and fills in who has which address.
-func (m *Model) index() {
-	slices.SortFunc(m.Pods, func(a, b Guarded) int {
-		return cmp.Or(strings.Compare(a.Interface, b.Interface), slices.CompareFunc(a.Addresses, b.Addresses, netip.Addr.Compare))
-	})
-	m.at = map[netip.Addr]*Guarded{}
-	for i := range m.Pods {
-		for _, a := range m.Pods[i].Addresses {
-			if m.at[a] == nil || m.Pods[i].Ready {
-				m.at[a] = &m.Pods[i]
-			}
+// Resolve works out the model from nothing.
+func Resolve(in Input) *Model {
+	x := NewIndex()
+	x.Update(Changes{Changes: object.Diff(object.Cluster{}, in.Cluster), Locals: in.Local, NewLocals: true})
+	return x.Model()
+}
+
+// Model returns what the policies mean now. Its groups go on changing with the index.
+func (x *Index) Model() *Model {
+	m := &Model{at: map[netip.Addr]*Guarded{}}
+	m.Pods = slices.SortedFunc(maps.Values(x.local), func(a, b *Guarded) int { return strings.Compare(a.Interface, b.Interface) })
+	m.Problems = x.Problems()
+	for a := range x.claims {
+		if g := x.At(a); g != nil {
+			m.at[a] = g
 		}
 	}
+	return m
+}
+
+// Problems returns the policies that cannot be used as written, sorted by policy.
+func (x *Index) Problems() []Problem {
+	return slices.SortedFunc(maps.Values(x.problems), func(a, b Problem) int { return cmp.Compare(a.Policy, b.Policy) })
 }

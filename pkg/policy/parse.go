@@ -11,8 +11,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
-
-	"github.com/postern-cni/postern/pkg/object"
 )
 
 // parsed is a policy in a form that can be matched. One that cannot be used has its directions and no rules.
@@ -49,14 +47,6 @@ type selector struct {
 	pods       labels.Selector
 }
 
-func (s selector) matches(pod *object.Pod, namespaces map[string]labels.Set) bool {
-	if s.namespaces == nil {
-		return pod.Namespace == s.namespace && s.pods.Matches(labels.Set(pod.Labels))
-	}
-	of, known := namespaces[pod.Namespace]
-	return known && s.namespaces.Matches(of) && s.pods.Matches(labels.Set(pod.Labels))
-}
-
 func (s selector) key() string {
 	where := "namespace " + s.namespace
 	if s.namespaces != nil {
@@ -82,8 +72,6 @@ func (l *peerList) selectorKey() string {
 	return strings.Join(slices.Compact(keys), ", ")
 }
 
-func (l *peerList) key() string { return fmt.Sprint(l.selectorKey(), l.blocks) }
-
 // read parses a policy. With problems, the result is closed: no rules.
 func read(np *networkingv1.NetworkPolicy) (*parsed, []string) {
 	p := &parsed{name: np.Namespace + "/" + np.Name, namespace: np.Namespace}
@@ -106,6 +94,25 @@ func read(np *networkingv1.NetworkPolicy) (*parsed, []string) {
 		p.in, p.out = nil, nil
 	}
 	return p, problems
+}
+
+// directions reads policyTypes: absent, Ingress always, and Egress where there are egress rules.
+func directions(spec *networkingv1.NetworkPolicySpec) (ingress, egress bool, problems []string) {
+	if len(spec.PolicyTypes) == 0 {
+		return true, len(spec.Egress) > 0, nil
+	}
+	for _, t := range spec.PolicyTypes {
+		switch t {
+		case networkingv1.PolicyTypeIngress:
+			ingress = true
+		case networkingv1.PolicyTypeEgress:
+			egress = true
+		default:
+			ingress, egress = true, true
+			problems = append(problems, fmt.Sprintf("spec.policyTypes: %q: Ingress and Egress are known", t))
+		}
+	}
+	return ingress, egress, problems
 }
 
 func (p *parsed) rule(

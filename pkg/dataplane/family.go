@@ -1,0 +1,251 @@
+package dataplane
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/postern-cni/postern/pkg/iptables"
+	"github.com/postern-cni/postern/pkg/rule"
+)
+
+// family is one family's part of a Plane. What the kernel holds is not kept a second time: it is what is wanted, but for what is
+// still to do.
+type family struct {
+	tables *iptables.Tables
+	// What is wanted.
+	chains map[rule.Table]map[string][]rule.Rule
+	sets   map[string]*set
+	hooks  []rule.Hook
+
+	read bool                    // the kernel was read since it was last in doubt
+	held map[string]rule.SetType // the kernel's sets of ours
+	todo *todo
+}
+
+// set is a wanted one; its Entries are in has.
+type set struct {
+	rule.Set
+	has map[rule.Entry]bool
+}
+
+// todo is what the kernel may not hold as wanted: wanted or not, it is to be looked at by the next Apply.
+type todo struct {
+	chains  map[rule.Table]map[string]bool
+	hooks   map[rule.Table][]iptables.ActualHook // those that are there, of tables where they are not as wanted
+	sets    map[string]bool
+	entries map[string]map[rule.Entry]bool
+}
+
+func newTodo() *todo {
+	return &todo{chains: map[rule.Table]map[string]bool{}, hooks: map[rule.Table][]iptables.ActualHook{},
+		sets: map[string]bool{}, entries: map[string]map[rule.Entry]bool{}}
+}
+
+func (t *todo) chain(table rule.Table, name string) {
+	if t.chains[table] == nil {
+		t.chains[table] = map[string]bool{}
+	}
+	t.chains[table][name] = true
+}
+
+func (t *todo) entry(set string, e rule.Entry) {
+	if t.entries[set] == nil {
+		t.entries[set] = map[rule.Entry]bool{}
+	}
+	t.entries[set][e] = true
+}
+
+func newFamily(t *iptables.Tables) *family {
+	f := &family{tables: t}
+	f.replace(&rule.State{})
+	return f
+}
+
+func (f *family) replace(s *rule.State) {
+	f.chains, f.sets, f.hooks = map[rule.Table]map[string][]rule.Rule{}, map[string]*set{}, s.Hooks
+	for table, chains := range s.Chains {
+		f.chains[table] = make(map[string][]rule.Rule, len(chains))
+		for _, c := range chains {
+			f.chains[table][c.Name] = c.Rules
+		}
+	}
+	for _, s := range s.Sets {
+		f.sets[s.Name] = newSet(s)
+	}
+	f.read, f.held, f.todo = false, map[string]rule.SetType{}, newTodo()
+}
+
+func newSet(s rule.Set) *set {
+	has := make(map[rule.Entry]bool, len(s.Entries))
+	for _, e := range s.Entries {
+		has[e] = true
+	}
+	s.Entries = nil
+	return &set{s, has}
+}
+
+func (f *family) change(c *rule.Patch) {
+	for table, chains := range c.Chains {
+		for name, rules := range chains {
+			was, wanted := f.chains[table][name]
+			switch {
+			case rules == nil && !wanted, rules != nil && wanted && slices.EqualFunc(was, rules, sameRule):
+				continue
+			case rules == nil:
+				delete(f.chains[table], name)
+			default:
+				f.chains[table][name] = rules
+			}
+			f.todo.chain(table, name)
+		}
+	}
+	for name, s := range c.Sets {
+		delete(f.todo.entries, name)
+		delete(f.sets, name)
+		f.todo.sets[name] = true
+		if s == nil {
+			continue
+		}
+		f.sets[name] = newSet(*s)
+		if f.held[name] != "" {
+			f.read = false // it was not needed for a while and is still there: nobody knows with what in it
+		}
+	}
+	for name, entries := range c.Leave {
+		f.entries(name, entries, func(s *set, e rule.Entry) { delete(s.has, e) })
+	}
+	for name, entries := range c.Join {
+		f.entries(name, entries, func(s *set, e rule.Entry) { s.has[e] = true })
+	}
+}
+
+func (f *family) entries(name string, entries []rule.Entry, do func(*set, rule.Entry)) {
+	s := f.sets[name]
+	for _, e := range entries {
+		was := s.has[e]
+		if do(s, e); s.has[e] != was {
+			f.todo.entry(name, e)
+		}
+	}
+}
+
+func sameRule(a, b rule.Rule) bool {
+	return a.Action == b.Action && a.Comment == b.Comment && slices.Equal(a.Matches, b.Matches)
+}
+
+// compareTable notes what a table does not hold as wanted, and says what of it was not known to differ.
+func (f *family) compareTable(table rule.Table, is *iptables.Actual, known *todo) (found []Difference) {
+	differs := func(name, how string) {
+		f.todo.chain(table, name)
+		if !known.chains[table][name] {
+			found = append(found, Difference{What: fmt.Sprintf("%s: chain %s of table %s %s", f.tables.Family, name, table, how)})
+		}
+	}
+	for name, rules := range f.chains[table] {
+		got, there := is.Chains[name]
+		switch {
+		case !there:
+			differs(name, "is gone")
+		case !slices.EqualFunc(rules, got, iptables.Equal):
+			differs(name, "has other rules")
+		}
+	}
+	for name := range is.Chains {
+		if _, wanted := f.chains[table][name]; !wanted {
+			differs(name, "is not one that postern has written")
+		}
+	}
+	if f.hooked(table, is.Hooks) {
+		return found
+	}
+	f.todo.hooks[table] = is.Hooks
+	if _, before := known.hooks[table]; !before {
+		found = append(found, Difference{
+			What: fmt.Sprintf("%s: the rules that lead into our chains of table %s have changed or moved", f.tables.Family, table)})
+	}
+	return found
+}
+
+func (f *family) hooksOf(table rule.Table) (hooks []rule.Hook) {
+	for _, h := range f.hooks {
+		if h.Table == table {
+			hooks = append(hooks, h)
+		}
+	}
+	return hooks
+}
+
+// hooked reports whether each wanted hook of a table is there once and in its place.
+func (f *family) hooked(table rule.Table, actual []iptables.ActualHook) bool {
+	want := f.hooksOf(table)
+	right := len(want) == len(actual)
+	for _, h := range want {
+		right = right && slices.ContainsFunc(actual, func(a iptables.ActualHook) bool {
+			return a.Chain == h.Chain && iptables.Equal(a.Rule, h.Rule) && (h.Last || a.First)
+		})
+	}
+	return right
+}
+
+// compareSets does for sets what compareTable does for a table.
+func (f *family) compareSets(list []rule.Set, known *todo) (found []Difference) {
+	f.held = map[string]rule.SetType{}
+	differs := func(name, how string) {
+		if !known.sets[name] {
+			found = append(found, Difference{What: fmt.Sprintf("%s: set %s %s", f.tables.Family, name, how)})
+		}
+	}
+	for _, is := range list {
+		if is.Family != f.tables.Family {
+			continue
+		}
+		f.held[is.Name] = is.Type
+		want := f.sets[is.Name]
+		if want == nil || want.Type != is.Type {
+			f.todo.sets[is.Name] = true
+			differs(is.Name, "is not one that postern has made")
+			continue
+		}
+		missing, foreign := want.compare(is.Entries)
+		unknown := 0
+		for _, e := range slices.Concat(missing, foreign) {
+			f.todo.entry(is.Name, e)
+			if !known.entries[is.Name][e] {
+				unknown++
+			}
+		}
+		if unknown == 0 {
+			continue
+		}
+		d := Difference{What: fmt.Sprintf("%s: set %s lacks %d entries and has %d foreign ones", f.tables.Family, is.Name, len(missing),
+			len(foreign))}
+		if len(foreign) == 0 {
+			d.Set, d.Missing = is.Name, missing
+		}
+		found = append(found, d)
+	}
+	for _, name := range sortedKeys(f.sets) {
+		if f.held[name] == "" {
+			f.todo.sets[name] = true
+			differs(name, "is gone")
+		}
+	}
+	return found
+}
+
+func (s *set) compare(entries []rule.Entry) (missing, foreign []rule.Entry) {
+	there := make(map[rule.Entry]bool, len(entries))
+	for _, e := range entries {
+		there[e] = true
+		if !s.has[e] {
+			foreign = append(foreign, e)
+		}
+	}
+	for e := range s.has {
+		if !there[e] {
+			missing = append(missing, e)
+		}
+	}
+	slices.SortFunc(missing, rule.Entry.Compare)
+	return missing, foreign
+}

@@ -1,0 +1,527 @@
+package policy
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/postern-cni/postern/pkg/object"
+)
+
+// Index keeps the meaning of policies up to date at a cost in proportion to what changes: a pod elsewhere touches the groups that
+// its labels can lead to, a policy the local pods of its namespace. What it holds after any row of updates is what one update with
+// the same objects makes. It is not safe for concurrent use.
+type Index struct {
+	pods       map[string]*pod
+	namespaces map[string]*namespace
+	local      map[string]*Guarded // by interface
+	policies   int
+	problems   map[string]Problem // by policy
+	// claims are who says that an address is his.
+	claims map[netip.Addr][]claim
+
+	// What the policies share that select a local pod.
+	groups  map[string]*Group
+	anchors map[anchor]map[*Group]bool
+	blocks  map[string]*Blocks
+}
+
+// pod is a known pod with what it claims.
+type pod struct {
+	*object.Pod
+	addresses []netip.Addr // by its status
+	links     []string     // its interfaces on this node
+}
+
+// namespace is one that was declared, or that only has something in it.
+type namespace struct {
+	labels   labels.Set
+	known    bool
+	pods     map[string]*pod
+	policies []*policy // sorted by name
+}
+
+// claim is one of an address: by a pod's status, or by the record of an interface of this node, whose pod may be unknown.
+type claim struct {
+	pod  *pod
+	link string // empty: by status
+}
+
+// policy is one with the local pods that it selects, and what it shares with others as long as there are any.
+type policy struct {
+	*parsed
+	uses              int
+	held              bool
+	rulesIn, rulesOut []Rule
+}
+
+// Changes are what an [Index] takes in.
+type Changes struct {
+	object.Changes
+	// Locals are all interfaces of this node, if NewLocals says so.
+	Locals    []Local
+	NewLocals bool
+}
+
+// Delta is what an update has changed.
+type Delta struct {
+	// Interfaces are those whose guard is another one now.
+	Interfaces []Replaced
+	Groups     map[*Group]*GroupChange
+	// Blocks are true if they are needed now and were not, false if they are not needed any more.
+	Blocks map[*Blocks]bool
+}
+
+// Replaced is an interface before and after; nil where it is not there.
+type Replaced struct{ Old, New *Guarded }
+
+// GroupChange is what happened to a group. Created or Dropped, nothing more is said of its members.
+type GroupChange struct {
+	Created, Dropped bool
+	Joined, Left     []netip.AddrPort
+}
+
+// NewIndex returns an index of an empty cluster.
+func NewIndex() *Index {
+	return &Index{
+		pods: map[string]*pod{}, namespaces: map[string]*namespace{}, local: map[string]*Guarded{}, problems: map[string]Problem{},
+		claims: map[netip.Addr][]claim{}, groups: map[string]*Group{}, anchors: map[anchor]map[*Group]bool{}, blocks: map[string]*Blocks{},
+	}
+}
+
+// Pod returns a known pod by "namespace/name", nil if there is none.
+func (x *Index) Pod(key string) *object.Pod {
+	if p := x.pods[key]; p != nil {
+		return p.Pod
+	}
+	return nil
+}
+
+// Policies returns how many policies there are.
+func (x *Index) Policies() int { return x.policies }
+
+// Local returns an interface of this node, nil if there is none of that name.
+func (x *Index) Local(link string) *Guarded { return x.local[link] }
+
+// Interfaces lists the interfaces of this node that are isolated in a direction, sorted.
+func (x *Index) Interfaces(egress bool) []string {
+	var list []string
+	for link, g := range x.local {
+		if g.Side(egress).Isolated {
+			list = append(list, link)
+		}
+	}
+	slices.Sort(list)
+	return list
+}
+
+// Addresses lists the addresses of this node's interfaces.
+func (x *Index) Addresses() []netip.Addr {
+	var list []netip.Addr
+	for _, g := range x.local {
+		list = append(list, g.Addresses...)
+	}
+	return list
+}
+
+// At returns the interface of this node that has an address, nil if none has. Of several, one that is ready.
+func (x *Index) At(a netip.Addr) *Guarded {
+	var best *Guarded
+	for _, c := range x.claims[a] {
+		g := x.local[c.link]
+		switch {
+		case g == nil:
+		case best == nil, g.Ready && !best.Ready,
+			g.Ready == best.Ready && (g.Interface > best.Interface) == g.Ready: // one of them, whatever the order of events
+			best = g
+		}
+	}
+	return best
+}
+
+// Allowed is [Model.Allowed], of what the policies mean now.
+func (x *Index) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint16, own func(netip.Addr) bool) bool {
+	return allowed(x.At, src, dst, protocol, port, own)
+}
+
+// Update takes in what has changed and returns what follows from it.
+func (x *Index) Update(c Changes) Delta {
+	u := &update{Index: x, delta: Delta{Groups: map[*Group]*GroupChange{}, Blocks: map[*Blocks]bool{}},
+		touched: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{}, reclaim: map[*pod]bool{}}
+	for name, ns := range c.Namespaces {
+		u.namespace(name, ns)
+	}
+	for key, p := range c.Pods {
+		u.pod(key, p)
+	}
+	if c.NewLocals {
+		u.locals(c.Locals)
+	}
+	for p := range u.reclaim {
+		u.claimByStatus(p)
+	}
+	u.regroup()
+	for key, np := range c.Policies {
+		u.policy(key, np)
+	}
+	for _, link := range slices.Sorted(maps.Keys(u.before)) {
+		u.guard(link)
+	}
+	u.sweep()
+	return u.delta
+}
+
+func (x *Index) inNamespace(name string) *namespace {
+	ns := x.namespaces[name]
+	if ns == nil {
+		ns = &namespace{pods: map[string]*pod{}}
+		x.namespaces[name] = ns
+	}
+	return ns
+}
+
+// forget drops a namespace of which nothing is left.
+func (x *Index) forget(name string) {
+	if ns := x.namespaces[name]; ns != nil && !ns.known && len(ns.pods)+len(ns.policies) == 0 {
+		delete(x.namespaces, name)
+	}
+}
+
+// owners are the pods that an address belongs to. Only what holds for all of them holds for the address. A record of this node
+// beats any status. Nobody is an owner where a claim is made for somebody who is no peer: an attached pod that is not known, one
+// that has ended or that uses its node's network.
+func (x *Index) owners(a netip.Addr) []*pod {
+	claims := x.claims[a]
+	recorded := slices.ContainsFunc(claims, func(c claim) bool { return c.link != "" })
+	owners := make([]*pod, 0, len(claims))
+	for _, c := range claims {
+		if recorded && c.link == "" {
+			continue
+		}
+		if c.pod == nil || c.pod.Ended || c.pod.HostNetwork {
+			return nil
+		}
+		owners = append(owners, c.pod)
+	}
+	return owners
+}
+
+// addressesOf calls each for every address that a pod claims.
+func (x *Index) addressesOf(p *pod, each func(netip.Addr)) {
+	for _, a := range p.addresses {
+		each(a)
+	}
+	for _, link := range p.links {
+		for _, a := range x.local[link].Addresses {
+			each(a)
+		}
+	}
+}
+
+// update is one Update under way. An address is touched before anything that its membership in groups depends on is changed;
+// regroup then decides anew for the groups that its owners lead to, those before and those after.
+type update struct {
+	*Index
+	delta   Delta
+	touched map[netip.Addr]map[*Group]bool
+	reclaim map[*pod]bool       // whose claims by status may be others
+	before  map[string]*Guarded // the interfaces to be worked out again, as they were; nil for a new one
+	idle    []*policy           // that may have lost their last use
+}
+
+func (u *update) touch(a netip.Addr) {
+	if u.touched[a] == nil {
+		u.touched[a] = map[*Group]bool{}
+		u.leadTo(a)
+	}
+}
+
+// leadTo notes the groups that an address may be a member of, by the labels and the namespaces of its owners.
+func (u *update) leadTo(a netip.Addr) {
+	groups := u.touched[a]
+	for _, p := range u.owners(a) {
+		u.candidates(p, func(g *Group) { groups[g] = true })
+	}
+}
+
+// again has an interface worked out again.
+func (u *update) again(link string) {
+	if _, noted := u.before[link]; !noted {
+		u.before[link] = u.local[link]
+	}
+}
+
+func (u *update) namespace(name string, ns *object.Namespace) {
+	is := u.inNamespace(name)
+	for _, p := range is.pods {
+		u.addressesOf(p, u.touch)
+	}
+	is.known, is.labels = ns != nil, nil
+	if ns != nil {
+		is.labels = ns.Labels
+	}
+	u.forget(name)
+}
+
+func (u *update) pod(key string, now *object.Pod) {
+	is := u.pods[key]
+	if is != nil {
+		u.addressesOf(is, u.touch)
+		for _, link := range is.links {
+			u.again(link)
+		}
+	}
+	switch {
+	case is == nil && now == nil:
+	case now == nil:
+		u.gone(key, is)
+	case is == nil:
+		is = &pod{Pod: now}
+		u.pods[key], u.inNamespace(now.Namespace).pods[key] = is, is
+		u.reclaim[is] = true
+	default:
+		is.Pod = now
+		u.reclaim[is] = true
+	}
+}
+
+// gone takes a pod away. Interfaces that are still here are those of somebody unknown, until the caller says otherwise.
+func (u *update) gone(key string, p *pod) {
+	for _, link := range slices.Clone(p.links) {
+		g := u.local[link]
+		u.unlink(g)
+		u.link(Local{Interface: link, Addresses: g.Addresses})
+	}
+	for _, a := range p.addresses {
+		u.unclaim(a, func(c claim) bool { return c.pod == p })
+	}
+	p.addresses = nil
+	delete(u.reclaim, p)
+	delete(u.pods, key)
+	delete(u.inNamespace(p.Namespace).pods, key)
+	u.forget(p.Namespace)
+}
+
+// locals replaces the interfaces of this node.
+func (u *update) locals(list []Local) {
+	now := make(map[string]Local, len(list))
+	for _, l := range list {
+		now[l.Interface] = l
+	}
+	for link, was := range u.local {
+		if l, stays := now[link]; !stays || !same(was.Local, l) {
+			u.unlink(was)
+		}
+	}
+	for link, l := range now {
+		if u.local[link] == nil {
+			u.link(l)
+		}
+	}
+}
+
+func same(a, b Local) bool {
+	return a.Ready == b.Ready && keyOf(a.Pod) == keyOf(b.Pod) && slices.Equal(a.Addresses, b.Addresses)
+}
+
+func keyOf(p *object.Pod) string {
+	if p == nil {
+		return ""
+	}
+	return p.Key()
+}
+
+// unlink takes an interface away.
+func (u *update) unlink(g *Guarded) {
+	u.again(g.Interface)
+	for _, a := range g.Addresses {
+		u.touch(a)
+		u.unclaim(a, func(c claim) bool { return c.link == g.Interface })
+	}
+	delete(u.local, g.Interface)
+	if p := u.pods[keyOf(g.Pod)]; p != nil {
+		p.links = slices.DeleteFunc(p.links, func(l string) bool { return l == g.Interface })
+		u.reclaim[p] = true
+	}
+}
+
+// link puts an interface in.
+func (u *update) link(l Local) {
+	u.again(l.Interface)
+	u.local[l.Interface] = &Guarded{Local: l}
+	owner := u.pods[keyOf(l.Pod)]
+	if owner != nil {
+		owner.links = append(owner.links, l.Interface)
+		slices.Sort(owner.links)
+		u.reclaim[owner] = true
+	}
+	for _, a := range l.Addresses {
+		u.touch(a)
+		u.claims[a] = append(u.claims[a], claim{owner, l.Interface})
+	}
+}
+
+func (u *update) unclaim(a netip.Addr, which func(claim) bool) {
+	rest := slices.DeleteFunc(u.claims[a], which)
+	u.claims[a] = rest
+	if len(rest) == 0 {
+		delete(u.claims, a)
+	}
+}
+
+// claimByStatus brings a pod's claims to what its status says now. One that has a record here claims nothing by its status.
+func (u *update) claimByStatus(p *pod) {
+	var now []netip.Addr
+	recorded := slices.ContainsFunc(p.links, func(link string) bool { return len(u.local[link].Addresses) > 0 })
+	if !p.Ended && !recorded {
+		now = p.IPs
+	}
+	if slices.Equal(p.addresses, now) {
+		return
+	}
+	for _, a := range p.addresses {
+		u.touch(a)
+		u.unclaim(a, func(c claim) bool { return c.pod == p && c.link == "" })
+	}
+	for _, a := range now {
+		u.touch(a)
+		u.claims[a] = append(u.claims[a], claim{pod: p})
+	}
+	p.addresses = now
+}
+
+// regroup decides for every touched address which groups it is a member of.
+func (u *update) regroup() {
+	for a, groups := range u.touched {
+		u.leadTo(a)
+		if len(groups) == 0 {
+			continue
+		}
+		owners := u.owners(a)
+		for g := range groups {
+			u.decide(g, a, owners)
+		}
+	}
+	for _, c := range u.delta.Groups {
+		slices.SortFunc(c.Joined, netip.AddrPort.Compare)
+		slices.SortFunc(c.Left, netip.AddrPort.Compare)
+	}
+}
+
+func (u *update) decide(g *Group, a netip.Addr, owners []*pod) {
+	was, in := g.members[a]
+	now, wanted := u.member(g, owners)
+	if in == wanted && was == now {
+		return
+	}
+	c := u.change(g)
+	if in {
+		delete(g.members, a)
+		c.Left = append(c.Left, netip.AddrPortFrom(a, was))
+	}
+	if wanted {
+		g.members[a] = now
+		c.Joined = append(c.Joined, netip.AddrPortFrom(a, now))
+	}
+}
+
+func (u *update) change(g *Group) *GroupChange {
+	c := u.delta.Groups[g]
+	if c == nil {
+		c = &GroupChange{}
+		u.delta.Groups[g] = c
+	}
+	return c
+}
+
+// policy replaces one. Local pods that it selected or selects are worked out again.
+func (u *update) policy(key string, np *networkingv1.NetworkPolicy) {
+	in, _, _ := strings.Cut(key, "/")
+	ns := u.inNamespace(in)
+	i, there := slices.BinarySearchFunc(ns.policies, key, func(p *policy, key string) int { return strings.Compare(p.name, key) })
+	if there {
+		u.reguard(ns.policies[i])
+		ns.policies = slices.Delete(ns.policies, i, i+1)
+		u.policies--
+	}
+	delete(u.problems, key)
+	if np == nil {
+		u.forget(in)
+		return
+	}
+	parsed, problems := read(np)
+	if len(problems) > 0 {
+		u.problems[key] = Problem{key, strings.Join(problems, "; ")}
+	}
+	p := &policy{parsed: parsed}
+	ns.policies = slices.Insert(ns.policies, i, p)
+	u.policies++
+	u.reguard(p)
+}
+
+func (u *update) reguard(p *policy) {
+	for link, g := range u.local {
+		if p.selects(g.Pod) {
+			u.again(link)
+		}
+	}
+}
+
+// guard works out what an interface's policies say.
+func (u *update) guard(link string) {
+	was, is := u.before[link], u.local[link]
+	if is != nil {
+		is = u.guarded(is.Local)
+		u.local[link] = is
+	}
+	if was != nil {
+		for _, p := range was.policies {
+			if p.uses--; p.uses == 0 {
+				u.idle = append(u.idle, p)
+			}
+		}
+	}
+	if was != nil || is != nil {
+		u.delta.Interfaces = append(u.delta.Interfaces, Replaced{was, is})
+	}
+}
+
+// guarded gives an interface the rules of the policies that select its pod.
+func (u *update) guarded(l Local) *Guarded {
+	g := &Guarded{Local: l}
+	p := u.pods[keyOf(l.Pod)]
+	if p == nil {
+		g.Pod = nil
+		return g
+	}
+	g.Pod = p.Pod
+	for _, np := range u.inNamespace(p.Namespace).policies {
+		if !np.selects(g.Pod) {
+			continue
+		}
+		u.use(np)
+		g.policies = append(g.policies, np)
+		if np.ingress {
+			g.Ingress.Isolated = true
+			for i, rule := range np.rulesIn {
+				rule.Ports = slices.Clone(rule.Ports)
+				for _, n := range np.in[i].named {
+					if number, ok := portOf(g.Pod, n.name, n.protocol); ok {
+						rule.Ports = append(rule.Ports, Port{n.protocol, number, number})
+					}
+				}
+				g.Ingress.Rules = append(g.Ingress.Rules, rule)
+			}
+		}
+		if np.egress {
+			g.Egress.Isolated = true
+			g.Egress.Rules = append(g.Egress.Rules, np.rulesOut...)
+		}
+	}
+	return g
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,8 +49,14 @@ func FromAPI(config *rest.Config) (*API, error) {
 		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
 	}
 	a := &API{changes: newSignal()}
-	a.pods = newCache(a.changes, core.RESTClient(), "pods", &corev1.Pod{},
-		func(o runtime.Object) *object.Pod { return toPod(o.(*corev1.Pod)) })
+	labels := newLabelTable()
+	a.pods = newCache(a.changes, core.RESTClient(), "pods", &corev1.Pod{}, func(o runtime.Object) *object.Pod {
+		p := toPod(o.(*corev1.Pod))
+		intern(p)
+		p.Labels = labels.use(p.Labels)
+		return p
+	})
+	a.pods.release = func(p *object.Pod) { labels.release(p.Labels) }
 	a.namespaces = newCache(a.changes, core.RESTClient(), "namespaces", &corev1.Namespace{},
 		func(o runtime.Object) *object.Namespace { return toNamespace(o.(*corev1.Namespace)) })
 	a.policies = newCache(a.changes, networking.RESTClient(), "networkpolicies", &networkingv1.NetworkPolicy{},
@@ -96,10 +103,11 @@ func (a *API) Reread(ctx context.Context) error {
 }
 
 // cacheOf keeps the stripped objects of one kind; it is the store that a reflector fills.
-type cacheOf[T any] struct {
+type cacheOf[T comparable] struct {
 	resource string
 	like     runtime.Object
 	strip    func(runtime.Object) T
+	release  func(T) // called for what strip returned and is not kept any more
 	source   *cache.ListWatch
 	changes  signal
 
@@ -113,13 +121,13 @@ type cacheOf[T any] struct {
 	err    error // of the last list or watch
 }
 
-type versioned[T any] struct {
+type versioned[T comparable] struct {
 	object  T
 	version uint64 // metadata.resourceVersion
 }
 
-func newCache[T any](changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T) *cacheOf[T] {
-	c := &cacheOf[T]{resource: resource, like: like, strip: strip, changes: changes, items: map[string]versioned[T]{},
+func newCache[T comparable](changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T) *cacheOf[T] {
+	c := &cacheOf[T]{resource: resource, like: like, strip: strip, release: func(T) {}, changes: changes, items: map[string]versioned[T]{},
 		changed: map[string]bool{}}
 	plain := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
 	c.source = &cache.ListWatch{
@@ -198,6 +206,38 @@ func identify(o any) (key string, version uint64, err error) {
 	return m.GetNamespace() + "/" + m.GetName(), version, err
 }
 
+// keep puts a stripped object in the place of the one of that key. One that is the same in all that matters is no change, and the
+// one that is there stays.
+func (c *cacheOf[T]) keep(items map[string]versioned[T], key string, o T, version uint64) {
+	was, there := c.items[key]
+	switch {
+	case there && reflect.DeepEqual(was.object, o):
+		c.release(o)
+		o = was.object
+	case there:
+		c.release(was.object)
+		fallthrough
+	default:
+		c.changed[key] = true
+	}
+	items[key] = versioned[T]{o, version}
+}
+
+// gone notes that there is no object of that key any more.
+func (c *cacheOf[T]) gone(key string) {
+	if was, there := c.items[key]; there {
+		c.release(was.object)
+		c.changed[key] = true
+	}
+}
+
+// tell says that something has changed, if it has.
+func (c *cacheOf[T]) tell() {
+	if len(c.changed) > 0 {
+		c.changes.send()
+	}
+}
+
 // Add implements cache.ReflectorStore.
 func (c *cacheOf[T]) Add(o any) error {
 	key, version, err := identify(o)
@@ -206,10 +246,10 @@ func (c *cacheOf[T]) Add(o any) error {
 	}
 	stripped := c.strip(o.(runtime.Object))
 	c.mu.Lock()
-	c.items[key], c.changed[key] = versioned[T]{stripped, version}, true
+	defer c.mu.Unlock()
+	c.keep(c.items, key, stripped, version)
 	c.newest = max(c.newest, version)
-	c.mu.Unlock()
-	c.changes.send()
+	c.tell()
 	return nil
 }
 
@@ -223,11 +263,11 @@ func (c *cacheOf[T]) Delete(o any) error {
 		return err
 	}
 	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.gone(key)
 	delete(c.items, key)
-	c.changed[key] = true
 	c.newest = max(c.newest, version)
-	c.mu.Unlock()
-	c.changes.send()
+	c.tell()
 	return nil
 }
 
@@ -242,19 +282,17 @@ func (c *cacheOf[T]) Replace(list []any, _ string) error {
 		items[key] = versioned[T]{c.strip(o.(runtime.Object)), version}
 	}
 	c.mu.Lock()
-	for key, was := range c.items {
-		if is, there := items[key]; !there || is.version != was.version {
-			c.changed[key] = true
+	defer c.mu.Unlock()
+	for key := range c.items {
+		if _, stays := items[key]; !stays {
+			c.gone(key)
 		}
 	}
-	for key := range items {
-		if _, there := c.items[key]; !there {
-			c.changed[key] = true
-		}
+	for key, i := range items {
+		c.keep(items, key, i.object, i.version)
 	}
 	c.items, c.full = items, true
-	c.mu.Unlock()
-	c.changes.send()
+	c.changes.send() // that the kind is full is news too
 	return nil
 }
 

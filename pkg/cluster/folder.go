@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -114,6 +115,7 @@ func (f *Folder) Run(ctx context.Context) error {
 	if err := f.read(); err != nil {
 		return err
 	}
+	written := map[string]bool{} // files that somebody is writing to in place
 	var wait <-chan time.Time
 	ticker := time.NewTicker(look)
 	defer ticker.Stop()
@@ -122,17 +124,59 @@ func (f *Folder) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case e := <-watcher.Events:
-			if e.Has(fsnotify.Write) && !e.Has(fsnotify.Create) {
+			changed := f.drain(watcher, e, written)
+			if len(written) > 0 && wait == nil {
 				wait = time.After(settle)
-				continue
 			}
+			f.readFiles(changed...)
+			continue
 		case <-watcher.Errors: // events were lost: read everything
 		case <-wait:
+			f.readFiles(slices.Collect(maps.Keys(written))...)
+			clear(written)
 			wait = nil
+			continue
 		case <-ticker.C:
 			_ = watcher.Add(f.dir) // the folder may be another one of that name by now; if it is gone, read says so
 		}
 		_ = f.read() // shown by Problems
+	}
+}
+
+// drain takes in the events that are there already. It returns the files that can be read now.
+func (f *Folder) drain(watcher *fsnotify.Watcher, e fsnotify.Event, written map[string]bool) (changed []string) {
+	for {
+		if name := filepath.Base(e.Name); e.Has(fsnotify.Write) && !e.Has(fsnotify.Create) {
+			written[name] = true
+		} else {
+			changed = append(changed, name)
+		}
+		select {
+		case e = <-watcher.Events:
+		default:
+			return changed
+		}
+	}
+}
+
+// readFiles brings what is known of some files up to date.
+func (f *Folder) readFiles(names ...string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	changed := false
+	for _, name := range names {
+		if !manifest(name) {
+			continue
+		}
+		same, present := f.readFile(name)
+		if !present {
+			delete(f.files, name)
+		}
+		changed = changed || !same
+	}
+	if changed {
+		f.assemble()
+		f.changes.send()
 	}
 }
 

@@ -45,6 +45,8 @@ type Config struct {
 	Metrics        *metrics.Metrics
 	Log            *slog.Logger
 	Version        string
+	// Fail, in tests, is asked before each step that reads or writes the kernel, by its name, and makes it fail.
+	Fail func(step string) error
 }
 
 // Times of the engine's own.
@@ -109,6 +111,7 @@ func New(c Config) (*Engine, error) {
 	if err := errors.Join(err, err2); err != nil {
 		return nil, err
 	}
+	e.plane.Fail = c.Fail
 	e.status = Status{Version: c.Version, Node: c.Node, Backend: string(c.Backend), Started: time.Now()}
 	return e, nil
 }

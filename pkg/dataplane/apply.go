@@ -20,6 +20,7 @@ type work struct {
 	f       *family
 	result  *Result
 	created map[string]bool // sets that no rule looks into yet
+	interim map[string]bool // chains that have rules for the meantime
 	refused []error         // chains that iptables did not take and that are closed instead
 }
 
@@ -39,6 +40,9 @@ func (w *work) untilRules() error {
 	if err := w.writeRules(); err != nil {
 		return err
 	}
+	if err := w.eachSet(w.leave, rule.Open); err != nil { // their chains stand by now
+		return err
+	}
 	return w.eachSet(w.join, rule.Peers, rule.Open)
 }
 
@@ -47,7 +51,7 @@ func (w *work) fromReady() error {
 	if err := w.eachSet(w.join, rule.Ready); err != nil {
 		return err
 	}
-	if err := w.dropChains(); err != nil {
+	if err := w.finishChains(); err != nil {
 		return err
 	}
 	if err := w.eachSet(w.leave, rule.Local); err != nil {
@@ -78,7 +82,8 @@ func (w *work) eachSet(do func(*set) error, roles ...rule.Role) error {
 	return nil
 }
 
-// prepare creates a set that is missing, filled unless it is a ready set, and takes out of an existing one what leaves.
+// prepare creates a set that is missing, filled unless it is a ready set, and takes out of an existing ready or peer set what
+// leaves.
 func (w *work) prepare(s *set) error {
 	if w.f.held[s.Name] == "" {
 		if err := w.create(s.Set, s.Name, len(s.has)); err != nil {
@@ -92,6 +97,9 @@ func (w *work) prepare(s *set) error {
 	switch {
 	case s.Role == rule.Local, w.created[s.Name] && s.Role != rule.Ready:
 		return w.join(s)
+	}
+	if s.Role == rule.Open {
+		return nil // as it was, until the chains stand that its members are led to
 	}
 	return w.leave(s)
 }
@@ -236,6 +244,9 @@ func (w *work) ruleChanges(refused map[string]bool) (changes []iptables.Change) 
 		c := iptables.Change{Table: table}
 		for _, name := range sortedKeys(w.f.todo.chains[table]) {
 			rules, wanted := w.f.chains[table][name]
+			if interim, now := w.f.todo.interim[table][name]; now {
+				rules, wanted = interim, true
+			}
 			if refused[name] {
 				rules = closed("because iptables refused its rules")
 			}
@@ -258,10 +269,13 @@ func (w *work) noteWritten(changes []iptables.Change, refused map[string]bool) {
 	for _, c := range changes {
 		w.result.Tightened = w.result.Tightened || len(c.Replace) > 0
 		for _, chain := range c.Replace {
-			if !refused[chain.Name] {
+			if _, interim := w.f.todo.interim[c.Table][chain.Name]; interim {
+				w.interim[chain.Name] = true
+			} else if !refused[chain.Name] {
 				delete(w.f.todo.chains[c.Table], chain.Name)
 			}
 		}
+		delete(w.f.todo.interim, c.Table)
 		delete(w.f.todo.hooks, c.Table)
 	}
 }
@@ -283,14 +297,18 @@ func replaces(c iptables.Change, chain string) bool {
 	return slices.ContainsFunc(c.Replace, func(r rule.Chain) bool { return r.Name == chain })
 }
 
-// dropChains removes the chains of ours that are not wanted; by now no rule leads to one.
-func (w *work) dropChains() error {
+// finishChains removes the chains of ours that are not wanted, and gives those their rules that had others in the meantime.
+func (w *work) finishChains() error {
 	var changes []iptables.Change
 	for _, table := range w.plane.scope.Tables {
 		c := iptables.Change{Table: table}
 		for _, name := range sortedKeys(w.f.todo.chains[table]) {
-			if _, wanted := w.f.chains[table][name]; !wanted {
+			rules, wanted := w.f.chains[table][name]
+			switch {
+			case !wanted:
 				c.Delete = append(c.Delete, name)
+			case w.interim[name]:
+				c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: rules})
 			}
 		}
 		changes = append(changes, c)
@@ -299,6 +317,9 @@ func (w *work) dropChains() error {
 		return err
 	}
 	for _, c := range changes {
+		for _, chain := range c.Replace {
+			delete(w.f.todo.chains[c.Table], chain.Name)
+		}
 		for _, name := range c.Delete {
 			delete(w.f.todo.chains[c.Table], name)
 		}

@@ -99,7 +99,7 @@ func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (Result, er
 		}
 	}
 	for _, v := range rule.Families {
-		w := &work{ctx: ctx, plane: p, f: p.family[v], result: &result, created: map[string]bool{}}
+		w := &work{ctx: ctx, plane: p, f: p.family[v], result: &result, created: map[string]bool{}, interim: map[string]bool{}}
 		err := w.untilRules()
 		failed(w, err)
 		if err == nil {
@@ -269,7 +269,7 @@ var Policies = Scope{
 // The scope has no sets.
 func WriteRules(ctx context.Context, t *iptables.Tables, scope Scope, want *rule.State) error {
 	p := &Plane{scope: scope}
-	w := &work{ctx: ctx, plane: p, f: newFamily(t), result: &Result{}}
+	w := &work{ctx: ctx, plane: p, f: newFamily(t), result: &Result{}, created: map[string]bool{}, interim: map[string]bool{}}
 	w.f.replace(want)
 	if _, err := p.readFamily(ctx, w.f); err != nil {
 		return err

@@ -99,6 +99,7 @@ func runCommand(ctx context.Context, flags *flag.FlagSet, args []string, _ io.Wr
 	if o.logJSON {
 		log = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.logLevel}))
 	}
+	slog.SetLogLoggerLevel(slog.LevelDebug) // what libraries print
 	slog.SetDefault(log)
 	klog.SetSlogLogger(log) // client-go's words go the same way
 	source, err := o.source()

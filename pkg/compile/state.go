@@ -167,11 +167,9 @@ func redispatch(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direc
 	before := slices.DeleteFunc(slices.Clone(now), func(link string) bool {
 		return slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.New) && i.New.Interface == link })
 	})
-	opens := false
 	for _, i := range delta.Interfaces {
 		if isolated(i.Old) {
 			before = append(before, i.Old.Interface)
-			opens = opens || i.New != nil && i.New.Ready && !isolated(i.New)
 		}
 	}
 	slices.Sort(before)
@@ -180,13 +178,6 @@ func redispatch(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direc
 	}
 	for _, chain := range dispatch(d, now, p.Family) {
 		p.SetChain(rule.Mangle, chain.Name, chain.Rules)
-	}
-	if !opens {
-		return
-	}
-	all := slices.Compact(slices.Sorted(slices.Values(slices.Concat(before, now))))
-	for _, chain := range dispatch(d, all, p.Family) {
-		p.SetInterim(rule.Mangle, chain.Name, chain.Rules)
 	}
 }
 

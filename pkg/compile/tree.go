@@ -1,7 +1,9 @@
 package compile
 
 import (
+	"iter"
 	"slices"
+	"strings"
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/rule"
@@ -25,6 +27,34 @@ func dispatch(d rule.Direction, isolated []string, f rule.Family) []rule.Chain {
 		Comment: "no policy isolates the pod for " + string(d),
 	})
 	return t.chains
+}
+
+// Bridge returns the dispatch chains for the time until some interfaces have joined an open set: they are led to the chains that
+// they still have, besides those whose chains are wanted. Nil if none of them has a chain, and there is nothing to bridge.
+func Bridge(
+	f rule.Family, openSet string, joining []string, wanted iter.Seq[string],
+	still func(chain string) bool,
+) []rule.Chain {
+	d := rule.Ingress
+	if openSet == rule.OpenSet(f, rule.Egress) {
+		d = rule.Egress
+	}
+	var links []string
+	for _, link := range joining {
+		if name := ChainOf(d, link); still(name) {
+			links = append(links, link)
+		}
+	}
+	if len(links) == 0 {
+		return nil
+	}
+	for name := range wanted {
+		if hex, ours := strings.CutPrefix(name, ChainOf(d, attachment.GuardedPrefix)); ours {
+			links = append(links, attachment.GuardedPrefix+hex)
+		}
+	}
+	slices.Sort(links)
+	return dispatch(d, slices.Compact(links), f)
 }
 
 // tree finds an interface's chain in a number of steps that grows with the logarithm of the number of pods.

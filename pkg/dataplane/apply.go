@@ -20,8 +20,17 @@ type work struct {
 	f       *family
 	result  *Result
 	created map[string]bool // sets that no rule looks into yet
-	interim map[string]bool // chains that have rules for the meantime
-	refused []error         // chains that iptables did not take and that are closed instead
+	// interim are chains of table mangle with other rules than the wanted ones, until open sets are complete.
+	interim map[string][]rule.Rule
+	// instead are sets that stand in for others, by the others' names; replaced are those that had such a one.
+	instead  map[string]string
+	replaced map[string]bool
+	refused  []error // chains that iptables did not take and that are closed instead
+}
+
+func newWork(ctx context.Context, p *Plane, f *family, r *Result) *work {
+	return &work{ctx: ctx, plane: p, f: f, result: r, created: map[string]bool{}, interim: map[string][]rule.Rule{},
+		instead: map[string]string{}, replaced: map[string]bool{}}
 }
 
 // untilRules does everything up to the rules and what joins open and peer sets.
@@ -37,6 +46,7 @@ func (w *work) untilRules() error {
 	if err := w.eachSet(w.prepare); err != nil {
 		return err
 	}
+	w.bridge()
 	if err := w.writeRules(); err != nil {
 		return err
 	}
@@ -85,6 +95,9 @@ func (w *work) eachSet(do func(*set) error, roles ...rule.Role) error {
 // prepare creates a set that is missing, filled unless it is a ready set, and takes out of an existing ready or peer set what
 // leaves.
 func (w *work) prepare(s *set) error {
+	if w.instead[s.Name] != "" {
+		return nil
+	}
 	if w.f.held[s.Name] == "" {
 		if err := w.create(s.Set, s.Name, len(s.has)); err != nil {
 			return err
@@ -94,8 +107,7 @@ func (w *work) prepare(s *set) error {
 		w.created[s.Name] = true
 	}
 	delete(w.f.todo.sets, s.Name)
-	switch {
-	case s.Role == rule.Local, w.created[s.Name] && s.Role != rule.Ready:
+	if s.Role == rule.Local || w.created[s.Name] && s.Role != rule.Ready || w.replaced[s.Name] {
 		return w.join(s)
 	}
 	if s.Role == rule.Open {
@@ -180,38 +192,56 @@ func (w *work) leave(s *set) error {
 	return nil
 }
 
+// standing begins the names of sets that stand in for others.
+const standing = rule.SetPrefix + "instead-"
+
 // clearMisfits removes sets that stand under a wanted name with another type: an older layout of ours. A set in use cannot be
-// removed, so every chain of ours that leads to one is closed first; the rules that follow open what is allowed again.
+// removed, nor swapped with one of another type, so the rules look into copies with the wanted content for as long as it takes.
 func (w *work) clearMisfits() error {
-	var misfits []string
-	for name := range w.f.todo.sets {
-		if s, held := w.f.sets[name], w.f.held[name]; s != nil && held != "" && held != s.Type {
-			misfits = append(misfits, name)
+	for _, name := range sortedKeys(w.f.todo.sets) {
+		s, held := w.f.sets[name], w.f.held[name]
+		if s == nil || held == "" || held == s.Type {
+			continue
 		}
+		copied := fmt.Sprintf("%s%d-%d", standing, w.f.tables.Family, len(w.instead))
+		if err := w.plane.sets.Destroy(copied); err != nil {
+			return err
+		}
+		if err := w.create(s.Set, copied, len(s.has)); err != nil {
+			return err
+		}
+		w.f.held[copied], w.f.todo.sets[copied] = s.Type, true // it goes in the end
+		w.result.SetMessages += len(s.has)
+		if err := w.plane.sets.Add(copied, slices.Collect(maps.Keys(s.has))...); err != nil {
+			return err
+		}
+		w.instead[name] = copied
 	}
-	if len(misfits) == 0 {
+	if len(w.instead) == 0 {
 		return nil
 	}
-	var changes []iptables.Change
 	for _, table := range w.plane.scope.Tables {
 		for name := range w.f.chains[table] {
 			w.f.todo.chain(table, name)
 		}
-		c := iptables.Change{Table: table}
-		for _, name := range sortedKeys(w.f.todo.chains[table]) {
-			c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: closed("while the layout of the sets changes")})
-		}
-		changes = append(changes, c)
 	}
-	if err := w.restore(changes...); err != nil {
+	if err := w.eachSet(w.prepare); err != nil {
 		return err
 	}
-	for _, name := range misfits {
+	if err := w.writeRules(); err != nil {
+		return err
+	}
+	if err := w.finishChains(); err != nil {
+		return err
+	}
+	for name := range w.instead {
 		if err := w.plane.sets.Destroy(name); err != nil {
 			return err
 		}
 		delete(w.f.held, name)
+		w.replaced[name] = true
 	}
+	clear(w.instead)
 	return nil
 }
 
@@ -243,14 +273,10 @@ func (w *work) ruleChanges(refused map[string]bool) (changes []iptables.Change) 
 	for _, table := range w.plane.scope.Tables {
 		c := iptables.Change{Table: table}
 		for _, name := range sortedKeys(w.f.todo.chains[table]) {
-			rules, wanted := w.f.chains[table][name]
-			if interim, now := w.f.todo.interim[table][name]; now {
-				rules, wanted = interim, true
-			}
-			if refused[name] {
-				rules = closed("because iptables refused its rules")
-			}
-			if wanted {
+			if rules, wanted := w.rulesNow(table, name); wanted {
+				if refused[name] {
+					rules = closed("because iptables refused its rules")
+				}
 				c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: rules})
 			}
 		}
@@ -265,18 +291,67 @@ func (w *work) ruleChanges(refused map[string]bool) (changes []iptables.Change) 
 	return changes
 }
 
+// rulesNow are the rules that a chain is to have in the meantime, or, mostly, the wanted ones.
+func (w *work) rulesNow(table rule.Table, name string) ([]rule.Rule, bool) {
+	rules, wanted := w.f.chains[table][name]
+	if interim, bridge := w.interim[name]; bridge && table == rule.Mangle {
+		rules, wanted = interim, true
+	}
+	if len(w.instead) == 0 {
+		return rules, wanted
+	}
+	rules = slices.Clone(rules)
+	for i := range rules {
+		rules[i].Matches = slices.Clone(rules[i].Matches)
+		for j, m := range rules[i].Matches {
+			if in, is := m.(rule.InSet); is && w.instead[in.Name] != "" {
+				in.Name = w.instead[in.Name]
+				rules[i].Matches[j] = in
+			}
+		}
+	}
+	return rules, wanted
+}
+
 func (w *work) noteWritten(changes []iptables.Change, refused map[string]bool) {
 	for _, c := range changes {
 		w.result.Tightened = w.result.Tightened || len(c.Replace) > 0
 		for _, chain := range c.Replace {
-			if _, interim := w.f.todo.interim[c.Table][chain.Name]; interim {
-				w.interim[chain.Name] = true
-			} else if !refused[chain.Name] {
+			_, interim := w.interim[chain.Name]
+			if !interim && !refused[chain.Name] && len(w.instead) == 0 {
 				delete(w.f.todo.chains[c.Table], chain.Name)
 			}
 		}
-		delete(w.f.todo.interim, c.Table)
 		delete(w.f.todo.hooks, c.Table)
+	}
+}
+
+// bridge has those who are about to join open sets led to the chains that they still have, or between the rules and the sets they
+// would be neither here nor there.
+func (w *work) bridge() {
+	if w.plane.Bridge == nil {
+		return
+	}
+	chains := w.f.chains[rule.Mangle]
+	still := func(name string) bool {
+		_, wanted := chains[name]
+		return !wanted && w.f.todo.chains[rule.Mangle][name]
+	}
+	for name, entries := range w.f.todo.entries {
+		s := w.f.sets[name]
+		if s == nil || s.Role != rule.Open {
+			continue
+		}
+		var joining []string
+		for e := range entries {
+			if s.has[e] {
+				joining = append(joining, e.Iface)
+			}
+		}
+		for _, chain := range w.plane.Bridge(w.f.tables.Family, name, joining, maps.Keys(chains), still) {
+			w.interim[chain.Name] = chain.Rules
+			w.f.todo.chain(rule.Mangle, chain.Name)
+		}
 	}
 }
 
@@ -307,7 +382,7 @@ func (w *work) finishChains() error {
 			switch {
 			case !wanted:
 				c.Delete = append(c.Delete, name)
-			case w.interim[name]:
+			case w.interim[name] != nil:
 				c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: rules})
 			}
 		}

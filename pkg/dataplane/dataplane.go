@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"os"
 	"slices"
@@ -30,6 +31,11 @@ type Scope struct {
 type Plane struct {
 	// Fail, in tests, is asked before each step, by its name, and makes it fail.
 	Fail func(step string) error
+
+	// Bridge, which may be nil, returns chains of table mangle for the time until some interfaces have joined an open set. wanted
+	// are the chains that are wanted, still says which others the kernel may hold.
+	Bridge func(f rule.Family, openSet string, joining []string, wanted iter.Seq[string],
+		still func(chain string) bool) []rule.Chain
 
 	scope  Scope
 	family map[rule.Family]*family
@@ -99,7 +105,7 @@ func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (Result, er
 		}
 	}
 	for _, v := range rule.Families {
-		w := &work{ctx: ctx, plane: p, f: p.family[v], result: &result, created: map[string]bool{}, interim: map[string]bool{}}
+		w := newWork(ctx, p, p.family[v], &result)
 		err := w.untilRules()
 		failed(w, err)
 		if err == nil {
@@ -269,7 +275,7 @@ var Policies = Scope{
 // The scope has no sets.
 func WriteRules(ctx context.Context, t *iptables.Tables, scope Scope, want *rule.State) error {
 	p := &Plane{scope: scope}
-	w := &work{ctx: ctx, plane: p, f: newFamily(t), result: &Result{}, created: map[string]bool{}, interim: map[string]bool{}}
+	w := newWork(ctx, p, newFamily(t), &Result{})
 	w.f.replace(want)
 	if _, err := p.readFamily(ctx, w.f); err != nil {
 		return err

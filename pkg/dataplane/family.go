@@ -31,14 +31,13 @@ type set struct {
 // todo is what the kernel may not hold as wanted: wanted or not, it is to be looked at by the next Apply.
 type todo struct {
 	chains  map[rule.Table]map[string]bool
-	interim map[rule.Table]map[string][]rule.Rule // of chains that get their wanted rules, or go, once open sets are complete
-	hooks   map[rule.Table][]iptables.ActualHook  // those that are there, of tables where they are not as wanted
+	hooks   map[rule.Table][]iptables.ActualHook // those that are there, of tables where they are not as wanted
 	sets    map[string]bool
 	entries map[string]map[rule.Entry]bool
 }
 
 func newTodo() *todo {
-	return &todo{chains: map[rule.Table]map[string]bool{}, interim: map[rule.Table]map[string][]rule.Rule{}, hooks: map[rule.Table][]iptables.ActualHook{},
+	return &todo{chains: map[rule.Table]map[string]bool{}, hooks: map[rule.Table][]iptables.ActualHook{},
 		sets: map[string]bool{}, entries: map[string]map[rule.Entry]bool{}}
 }
 
@@ -99,12 +98,6 @@ func (f *family) change(c *rule.Patch) {
 			}
 			f.todo.chain(table, name)
 		}
-	}
-	for table, chains := range c.Interim {
-		for name := range chains {
-			f.todo.chain(table, name)
-		}
-		f.todo.interim[table] = chains
 	}
 	for name, s := range c.Sets {
 		delete(f.todo.entries, name)

@@ -13,6 +13,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"github.com/postern-cni/postern/pkg/attachment"
+	"github.com/postern-cni/postern/pkg/compile"
 	"github.com/postern-cni/postern/pkg/dataplane"
 	"github.com/postern-cni/postern/pkg/gate"
 	"github.com/postern-cni/postern/pkg/iptables"
@@ -55,6 +56,8 @@ const (
 	collectEvery = 30 * time.Second
 	// judgeAgain is how long after a change flows are judged a second time, for packets that were on their way.
 	judgeAgain = 100 * time.Millisecond
+	// applyLimit is how long one pass may write.
+	applyLimit = 45 * time.Second
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 5 * time.Second
 )
@@ -111,7 +114,7 @@ func New(c Config) (*Engine, error) {
 	if err := errors.Join(err, err2); err != nil {
 		return nil, err
 	}
-	e.plane.Fail = c.Fail
+	e.plane.Fail, e.plane.Bridge = c.Fail, compile.Bridge
 	e.status = Status{Version: c.Version, Node: c.Node, Backend: string(c.Backend), Started: time.Now()}
 	return e, nil
 }

@@ -149,6 +149,9 @@ func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 			}
 		}
 	}
+	// What has begun is brought to its end, also when policyd is told to stop.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), applyLimit)
+	defer cancel()
 	result, err := e.plane.Apply(ctx, func(so dataplane.Result) error {
 		e.suspects.due = e.suspects.due || so.Tightened
 		if e.suspects.due && e.judge(e.suspects) != nil {

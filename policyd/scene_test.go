@@ -1,17 +1,24 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/nettest"
 	"github.com/postern-cni/postern/pkg/nettest/testnode"
 )
@@ -32,8 +39,10 @@ type scenePod struct {
 	labels map[string]string
 	ports  string // named ports as JSON: a container's ports
 	uid    string
+	meta   string // further fields of the metadata, as ", key: value"
 	spec   string // further lines of the spec
 	status string
+	host   []attachment.PortMapping
 	at     *testnode.Pod
 	addrs  map[bool]netip.Addr // by "is IPv4"
 }
@@ -83,8 +92,8 @@ func (p *scenePod) manifest() string {
 	if err != nil {
 		panic(err)
 	}
-	text := fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s, uid: %q, labels: %s}\nspec:\n"+
-		"  containers:\n  - {name: c, image: none, ports: %s}\n%s", name, namespace, p.uid, labels, p.ports, p.spec)
+	text := fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: %s, uid: %q, labels: %s%s}\nspec:\n"+
+		"  containers:\n  - {name: c, image: none, ports: %s}\n%s", name, namespace, p.uid, labels, p.meta, p.ports, p.spec)
 	if p.status != "" {
 		text += "status: " + p.status + "\n"
 	}
@@ -127,10 +136,22 @@ func (s *scene) relabel(name, labels string) {
 
 func (s *scene) attach(p *scenePod) {
 	namespace, name, _ := strings.Cut(p.name, "/")
-	p.at = s.Attach(s.t, &testnode.Pod{Namespace: namespace, Name: name, UID: p.uid})
+	p.at = s.Attach(s.t, &testnode.Pod{Namespace: namespace, Name: name, UID: p.uid, Ports: p.host})
 	p.addrs = map[bool]netip.Addr{true: p.at.IP(s.t, testnode.Node4), false: p.at.IP(s.t, testnode.Node6)}
 	s.pods[p.name], s.where[p.name] = p, p.at.NS
 	s.serve(p.name, p.addrs[true], p.addrs[false])
+}
+
+// restart ends a pod and starts it anew: another UID, another sandbox, another address.
+func (s *scene) restart(name string) {
+	s.t.Helper()
+	p := *s.pods[name]
+	if err := s.Del(p.at); err != nil {
+		s.t.Fatalf("DEL %s: %v", name, err)
+	}
+	p.uid += "-again"
+	s.writePod(&p)
+	s.attach(&p)
 }
 
 // serve listens on the scene's ports at some addresses.
@@ -185,7 +206,7 @@ const (
 )
 
 // expect tries every line of a table "from to protocol/port verdict [family]" in parallel, in both families unless one is
-// named. from and to are pods, "outside" or "node"; to may be an address. The protocols are tcp, udp and icmp (without
+// named. from and to are pods, "outside" or "node"; to may be an address. The protocols are tcp, udp, sctp and icmp (without
 // port). "yes" wants an answer, "no" wants silence: a refusal would be an answer.
 func (s *scene) expect(table string) {
 	s.t.Helper()
@@ -223,13 +244,16 @@ func (s *scene) try(f []string, v4 bool) {
 	}
 	name, text, _ := strings.Cut(proto, "/")
 	var err error
-	if name == "icmp" {
+	var port uint16
+	if _, scan := fmt.Sscan(text, &port); scan != nil && name != "icmp" {
+		panic(text)
+	}
+	switch name {
+	case "icmp":
 		err = echo(s.where[f[0]], to, wait)
-	} else {
-		var port uint16
-		if _, scan := fmt.Sscan(text, &port); scan != nil {
-			panic(text)
-		}
+	case "sctp":
+		err = associate(s.where[f[0]], s.where[f[1]], netip.AddrPortFrom(to, port), wait)
+	default:
 		err = nettest.Dial(s.where[f[0]], name, netip.AddrPort{}, netip.AddrPortFrom(to, port), wait)
 	}
 	switch {
@@ -307,6 +331,80 @@ func echo(ns *nettest.NS, to netip.Addr, wait time.Duration) error {
 			return nil
 		}
 	}
+}
+
+// associate sends the first packet of an SCTP association (RFC 9260, 3.3.2) again and again until it is seen at the other end.
+// The kernel need not know SCTP: both ends are raw sockets.
+func associate(from, to *nettest.NS, at netip.AddrPort, wait time.Duration) error {
+	network := "ip4:sctp"
+	if at.Addr().Is6() {
+		network = "ip6:sctp"
+	}
+	var in net.PacketConn
+	var out net.Conn
+	var err, err2 error
+	enter := nettest.Enter(to, func() { in, err = net.ListenPacket(network, at.Addr().String()) })
+	enter2 := nettest.Enter(from, func() { out, err2 = net.Dial(network, at.Addr().String()) })
+	if err := errors.Join(enter, enter2, err, err2); err != nil {
+		return err
+	}
+	defer in.Close()
+	defer out.Close()
+	packet := make([]byte, 32)
+	binary.BigEndian.PutUint16(packet[0:], uint16(40000+rand.IntN(20000)))
+	binary.BigEndian.PutUint16(packet[2:], at.Port())
+	// One chunk of 20 bytes, INIT: tag, window, streams out and in, first number.
+	copy(packet[12:], []byte{1, 0, 0, 20, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1})
+	binary.LittleEndian.PutUint32(packet[8:], crc32.Checksum(packet, crc32.MakeTable(crc32.Castagnoli)))
+	buf := make([]byte, 128)
+	for end := time.Now().Add(wait); ; {
+		if _, err := out.Write(packet); err != nil && time.Now().After(end) {
+			return err
+		}
+		if err := in.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+			return err
+		}
+		n, _, err := in.ReadFrom(buf)
+		if err == nil && bytes.Equal(buf[:n], packet) {
+			return nil
+		}
+		if err != nil && time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+// figures reads the daemon's metrics that have no labels.
+func (s *scene) figures() map[string]float64 { return figures(s.t, s.NS, s.daemon) }
+
+func figures(t testing.TB, ns *nettest.NS, d *testnode.Policyd) map[string]float64 {
+	t.Helper()
+	_, at, _ := strings.Cut(d.Log(), "serving metrics and health")
+	_, at, _ = strings.Cut(at, "address=")
+	at, _, _ = strings.Cut(at, "\n")
+	client := http.Client{Timeout: yesWait, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, _ string) (c net.Conn, err error) {
+			enter := nettest.Enter(ns, func() { c, err = (&net.Dialer{}).DialContext(ctx, network, at) })
+			return c, errors.Join(enter, err)
+		}}}
+	response, err := client.Get("http://" + at + "/metrics")
+	if err != nil {
+		t.Fatalf("read policyd's metrics: %v", err)
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatalf("read policyd's metrics: %v", err)
+	}
+	found := map[string]float64{}
+	for line := range strings.Lines(string(text)) {
+		var name string
+		var value float64
+		if n, _ := fmt.Sscanf(line, "%s %g", &name, &value); n == 2 && name != "#" {
+			found[name] = value
+		}
+	}
+	return found
 }
 
 // eachScene runs a test on both backends.

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/nettest"
 	"github.com/postern-cni/postern/pkg/nettest/testnode"
 )
@@ -54,6 +55,18 @@ func TestNetworkPolicy1UnselectedIsOpenSelectedIsClosedAndPoliciesOnlyAdd(t *tes
 			shop/other  shop/db    tcp/80   yes
 			shop/other  shop/db    udp/53   yes
 			bank/web    shop/db    tcp/5432 no`)
+		// The same for egress: closed, but for the union.
+		s.withdraw("shop/db", "shop/db-more")
+		s.apply(
+			[2]string{"shop/out", "  podSelector: {matchLabels: {app: web}}\n  policyTypes: [Egress]\n  egress: [{to: [{podSelector: {matchLabels: {app: db}}}]}]"},
+			[2]string{"shop/out-more", "  podSelector: {}\n  policyTypes: [Egress]\n  egress: [{ports: [{port: 81}]}]"})
+		s.expect(`
+			shop/web    shop/db    tcp/80   yes
+			shop/web    shop/other tcp/81   yes
+			shop/web    shop/other tcp/80   no
+			shop/other  shop/db    tcp/80   no
+			shop/other  outside    tcp/81   yes
+			bank/web    shop/web   tcp/80   yes`)
 	})
 }
 
@@ -82,6 +95,21 @@ func TestNetworkPolicy2PolicyTypesAbsentMeanIngressAndEgressWhereThereAreRules(t
 			shop/web    outside    icmp     no
 			shop/db     shop/web   tcp/80   yes
 			outside     shop/web   tcp/80   yes`)
+		// Rules of a direction that is not among the types say nothing.
+		s.apply([2]string{"shop/p", `
+  podSelector: {matchLabels: {app: web}}
+  policyTypes: [Ingress]
+  ingress: [{from: [{podSelector: {matchLabels: {app: db}}}]}]
+  egress: [{to: [{podSelector: {matchLabels: {app: db}}}]}]`})
+		s.expect(`
+			shop/web    shop/other tcp/80   yes
+			shop/web    outside    udp/53   yes
+			shop/db     shop/web   tcp/80   yes
+			shop/other  shop/web   tcp/80   no`)
+		s.apply([2]string{"shop/p", "  podSelector: {matchLabels: {app: web}}\n  egress: []"}) // no rules: ingress alone
+		s.expect(`
+			shop/web    shop/db    tcp/80   yes
+			shop/db     shop/web   tcp/80   no`)
 	})
 }
 
@@ -102,7 +130,7 @@ func TestNetworkPolicy3EmptyPeersAndPortsMeanEverybodyAndEverything(t *testing.T
   podSelector: {matchLabels: {app: web}}
   policyTypes: [Ingress, Egress]
   ingress: [{from: [], ports: [{port: 80}]}]
-  egress: [{ports: [{protocol: UDP, port: 53}]}]`})
+  egress: [{to: [], ports: [{protocol: UDP, port: 53}]}]`})
 		s.expect(`
 			outside     shop/web   tcp/80   yes
 			outside     shop/web   tcp/81   no
@@ -112,6 +140,18 @@ func TestNetworkPolicy3EmptyPeersAndPortsMeanEverybodyAndEverything(t *testing.T
 			shop/web    outside    udp/54   no
 			shop/web    outside    tcp/80   no
 			shop/web    outside    icmp     no`)
+		s.apply([2]string{"shop/web", `
+  podSelector: {matchLabels: {app: web}}
+  policyTypes: [Ingress, Egress]
+  ingress: [{from: [{podSelector: {}}]}]
+  egress: [{to: []}]`})
+		s.expect(`
+			shop/db     shop/web   icmp     yes
+			shop/db     shop/web   sctp/9   yes
+			bank/web    shop/web   icmp     no
+			bank/web    shop/web   sctp/9   no
+			shop/web    outside    tcp/80   yes
+			shop/web    outside    icmp     yes`)
 	})
 }
 
@@ -143,6 +183,20 @@ func TestNetworkPolicy4SelectorsOfPeers(t *testing.T) {
 			{"{podSelector: {matchExpressions: [{key: app, operator: NotIn, values: [web]}]}}", `
 				shop/other shop/db tcp/80 yes
 				shop/web   shop/db tcp/80 no`},
+			{"{podSelector: {matchExpressions: [{key: app, operator: DoesNotExist}]}, namespaceSelector: {}}", `
+				shop/other shop/db tcp/80 no
+				bank/web   shop/db tcp/80 no`},
+			{"{podSelector: {matchExpressions: [{key: app, operator: Exists}]}, namespaceSelector: {}}", `
+				shop/other shop/db tcp/80 yes
+				bank/web   shop/db tcp/80 yes
+				outside    shop/db tcp/80 no`},
+			{"{podSelector: {}, namespaceSelector: {matchLabels: {tenant: other}}}", `
+				bank/web   shop/db tcp/80 yes
+				shop/other shop/db tcp/80 no`},
+			{"{podSelector: {matchLabels: {app: web}}}, {namespaceSelector: {matchLabels: {tenant: other}}}", `
+				bank/web   shop/db tcp/80 yes
+				shop/web   shop/db tcp/80 yes
+				shop/other shop/db tcp/80 no`},
 			{"{namespaceSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: [bank]}]}}", `
 				bank/web   shop/db tcp/80 yes
 				shop/web   shop/db tcp/80 no`},
@@ -157,6 +211,12 @@ func TestNetworkPolicy4SelectorsOfPeers(t *testing.T) {
 			bank/web   shop/db    tcp/80 no
 			bank/web   shop/other tcp/80 no
 			shop/web   bank/web   tcp/80 yes`)
+		s.apply([2]string{"shop/all", "  policyTypes: [Egress]\n  egress: [{to: [{namespaceSelector: {matchLabels: {tenant: other}}}]}]"})
+		s.expect(`
+			shop/web   bank/web   tcp/80 yes
+			shop/web   shop/db    tcp/80 no
+			shop/db    outside    tcp/80 no
+			bank/web   shop/web   tcp/80 yes`)
 	})
 }
 
@@ -214,6 +274,29 @@ func TestNetworkPolicy5BlocksAndTheirExceptions(t *testing.T) {
 		reach("198.51.100.1", false)
 		reach("2001:db8::1", true)
 		reach("2001:db8:5::1", false)
+		s.apply(from(`
+    - ipBlock: {cidr: "::/0", except: ["::/0"]}
+    - ipBlock: {cidr: "2001:db8:5:8000::/49", except: ["2001:db8:5:8000::/127"]}
+    - ipBlock: {cidr: "2001:db8:5:8000::7/125"}`)) // host bits set; it gives back what the block before it excepts
+		reach("2001:db8:5:8000::1", true)
+		reach("2001:db8:5::1", false)
+		reach("2001:db8::1", false)
+		reach("203.0.113.1", false)
+
+		s.withdraw("shop/db")
+		s.apply([2]string{"shop/web", fmt.Sprintf(`
+  podSelector: {matchLabels: {app: web}}
+  policyTypes: [Egress]
+  egress:
+  - to:
+    - ipBlock: {cidr: 198.51.0.0/16, except: [198.51.100.0/30]}
+    - ipBlock: {cidr: "2001:db8::/32", except: ["2001:db8::1/128"]}
+    - ipBlock: {cidr: %s/32}
+    - ipBlock: {cidr: "%s/128"}`, s.address("shop/other", true), s.address("shop/other", false))})
+		s.expect(`
+			shop/web   outside    tcp/80 no
+			shop/web   shop/other tcp/80 yes
+			shop/web   shop/db    tcp/80 no`)
 	})
 }
 
@@ -241,6 +324,18 @@ func TestNetworkPolicy6EmptyPeersAndPortsOfAFamilyAdmitNothing(t *testing.T) {
 			outside    shop/db  tcp/80 no
 			shop/db    shop/web tcp/80 no
 			shop/db    outside  tcp/80 no`)
+		s.apply([2]string{"shop/db", `
+  podSelector: {matchLabels: {app: db}}
+  policyTypes: [Ingress, Egress]
+  ingress: [{ports: [{port: nobody-has-it}]}, {from: [{namespaceSelector: {matchLabels: {is: nowhere}}}], ports: [{port: 80}]}]
+  egress: [{to: [{podSelector: {matchLabels: {app: nobody}}}]}, {to: [{podSelector: {}}], ports: [{port: nobody-has-it}]}]`})
+		s.expect(`
+			shop/web   shop/db  tcp/80 no
+			shop/web   shop/db  icmp   no
+			outside    shop/db  udp/53 no
+			shop/db    shop/web tcp/80 no
+			shop/db    shop/web icmp   no
+			shop/db    outside  tcp/80 no`)
 	})
 }
 
@@ -256,7 +351,27 @@ func TestNetworkPolicy7PortsAndProtocols(t *testing.T) {
 			shop/web   shop/db  tcp/5432 no
 			shop/web   shop/db  udp/53   yes
 			shop/web   shop/db  udp/54   yes
+			shop/web   shop/db  sctp/7   yes
+			shop/web   shop/db  sctp/8   no
+			shop/web   shop/db  sctp/80  no
 			shop/web   shop/db  icmp     no`)
+		s.apply([2]string{"shop/db", `
+  podSelector: {matchLabels: {app: db}}
+  policyTypes: [Ingress, Egress]
+  ingress: [{ports: [{protocol: SCTP}, {protocol: UDP, port: 53, endPort: 53}]}]
+  egress: [{ports: [{protocol: TCP}, {protocol: SCTP, port: 7, endPort: 9}]}]`})
+		s.expect(`
+			shop/web   shop/db  sctp/7   yes
+			shop/web   shop/db  sctp/80  yes
+			shop/web   shop/db  udp/53   yes
+			shop/web   shop/db  udp/54   no
+			shop/web   shop/db  tcp/53   no
+			shop/web   shop/db  tcp/80   no
+			shop/db    outside  tcp/5432 yes
+			shop/db    outside  udp/53   no
+			shop/db    outside  icmp     no
+			shop/db    outside  sctp/9   yes
+			shop/db    outside  sctp/10  no`)
 	})
 }
 
@@ -288,6 +403,39 @@ func TestNetworkPolicy8NamedPortsAreTheDestinationPods(t *testing.T) {
 		s.expect(`
 			shop/other shop/web  tcp/80   no    # a block has no names
 			shop/other outside   tcp/80   no`)
+		s.apply([2]string{"shop/out", `
+  podSelector: {matchLabels: {app: other}}
+  policyTypes: [Egress]
+  egress: [{to: [{podSelector: {matchLabels: {app: web}}, namespaceSelector: {}}], ports: [{port: http}]}]`})
+		s.expect(`
+			shop/other shop/web  tcp/80   yes
+			shop/other bank/web  tcp/81   yes
+			shop/other bank/web  tcp/80   no
+			shop/other shop/db   tcp/5432 no`)
+		// A sidecar's ports count, an ordinary init container's do not. One name stands for a number in each protocol.
+		other := s.pods["shop/other"]
+		other.ports = `[{name: api, containerPort: 80}, {name: dns, containerPort: 53, protocol: UDP}]`
+		other.spec = `  - {name: d, image: none, ports: [{name: dns, containerPort: 81, protocol: TCP}]}
+  initContainers:
+  - {name: sidecar, image: none, restartPolicy: Always, ports: [{name: side, containerPort: 5432}]}
+  - {name: init, image: none, ports: [{name: early, containerPort: 82}]}
+`
+		s.writePod(other)
+		s.withdraw("shop/out", "shop/in")
+		s.apply([2]string{"shop/other", `
+  podSelector: {matchLabels: {app: other}}
+  ingress: [{ports: [{port: side}, {port: early}, {port: dns}, {port: api, protocol: UDP}]}]`})
+		s.expect(`
+			shop/web   shop/other tcp/5432 yes
+			shop/web   shop/other tcp/82   no
+			shop/web   shop/other tcp/81   yes
+			shop/web   shop/other udp/53   no
+			shop/web   shop/other tcp/80   no`)
+		s.apply([2]string{"shop/other", "  podSelector: {matchLabels: {app: other}}\n  ingress: [{ports: [{port: dns, protocol: UDP}]}]"})
+		s.expect(`
+			shop/web   shop/other udp/53   yes
+			shop/web   shop/other tcp/81   no
+			shop/web   shop/other udp/54   no`)
 	})
 }
 
@@ -313,7 +461,45 @@ func TestNetworkPolicy9RepliesPassAndErrorsOfAFlow(t *testing.T) {
 		s.expect(`
 			outside  shop/web tcp/80 no
 			outside  shop/web icmp   no`)
+		for _, v4 := range []bool{true, false} {
+			s.expectationOpensNothing(v4)
+		}
 	})
+}
+
+// expectationOpensNothing lets the kernel's FTP helper read an allowed connection of shop/web, in which the pod announces a port
+// (RFC 959 PORT, RFC 2428 EPRT): the kernel then calls a connection to that port RELATED, and it must not pass all the same.
+func (s *scene) expectationOpensNothing(v4 bool) {
+	s.t.Helper()
+	tables, at := "ip6tables-"+s.Backend(), s.address("shop/web", v4)
+	announce := fmt.Sprintf("EPRT |2|%s|5432|\r\n", at)
+	if v4 {
+		tables = "iptables-" + s.Backend()
+		announce = fmt.Sprintf("PORT %s,%d,%d\r\n", strings.ReplaceAll(at.String(), ".", ","), 5432/256, 5432%256)
+	}
+	nettest.TCPServer(s.t, s.Outside, netip.AddrPortFrom(s.address("outside", v4), 21))
+	if out, err := s.NS.Try(tables, "-t", "raw", "-A", "PREROUTING", "-p", "tcp", "--dport", "21", "-j", "CT", "--helper", "ftp"); err != nil {
+		s.t.Skipf("no FTP helper in this kernel: %v: %s", err, out)
+	}
+	s.NS.Run(s.t, tables, "-t", "mangle", "-A", "PREROUTING", "-p", "tcp", "--dport", "5432", "-m", "conntrack", "--ctstate", "RELATED")
+	c, err := s.open("shop/web", "outside", 21, v4)
+	if err != nil {
+		s.t.Fatalf("the control connection: %v", err)
+	}
+	for _, line := range []string{"USER postern\r\n", announce} {
+		if _, err := c.Write([]byte(line)); err != nil {
+			s.t.Fatal(err)
+		}
+		if err := c.alive(yesWait); err != nil { // the echo of both: the node has seen the line
+			s.t.Fatal(err)
+		}
+	}
+	s.expect("outside shop/web tcp/5432 no v" + map[bool]string{true: "4", false: "6"}[v4])
+	counted := s.NS.Run(s.t, tables, "-t", "mangle", "-nvxL", "PREROUTING")
+	lines := strings.Split(strings.TrimSpace(counted), "\n")
+	if last := strings.Fields(lines[len(lines)-1]); last[0] == "0" {
+		s.t.Errorf("the helper expected nothing, so the test proves nothing: %s", counted)
+	}
 }
 
 func TestNetworkPolicy10BothEndsCount(t *testing.T) {
@@ -332,6 +518,28 @@ func TestNetworkPolicy10BothEndsCount(t *testing.T) {
 			shop/web   shop/db  tcp/5432 no
 			shop/web   bank/web tcp/80   no
 			bank/web   shop/web tcp/80   yes`)
+		// A pod of another node: what leaves it is judged there, what comes in here.
+		remote := pod("shop/remote", "app=remote", "")
+		remote.spec = "  nodeName: elsewhere\n"
+		remote.status = fmt.Sprintf(`{phase: Running, podIPs: [{ip: %s}, {ip: %q}]}`, testnode.Outside4, testnode.Outside6)
+		s.writePod(remote)
+		s.apply([2]string{"shop/p", `
+  podSelector: {}
+  policyTypes: [Ingress, Egress]
+  ingress: [{from: [{podSelector: {matchLabels: {app: remote}}}]}]
+  egress: [{to: [{podSelector: {matchLabels: {app: db}}}]}]`})
+		s.expect(`
+			outside    shop/web tcp/80   yes
+			outside    shop/db  tcp/80   yes
+			shop/web   outside  tcp/80   no
+			shop/web   shop/db  tcp/80   no`)
+		s.apply([2]string{"shop/p", `
+  podSelector: {}
+  policyTypes: [Ingress, Egress]
+  egress: [{to: [{podSelector: {matchLabels: {app: remote}}}]}]`})
+		s.expect(`
+			shop/web   outside  tcp/80   yes
+			outside    shop/web tcp/80   no`)
 	})
 }
 
@@ -344,6 +552,12 @@ func TestNetworkPolicy11APodReachesItselfAndItsNodeAndTheNodeItsPods(t *testing.
 			node       shop/web tcp/80 yes
 			node       shop/web icmp   yes
 			shop/web   node     tcp/80 yes
+			shop/web   shop/web udp/53 yes
+			shop/web   shop/web icmp   yes
+			node       shop/web udp/53 yes
+			shop/web   node     udp/53 yes
+			shop/web   node     icmp   yes
+			outside    shop/web icmp   no
 			outside    shop/web tcp/80 no`)
 		// Its own Service: translated to itself, with the node's address as source, as kube-proxy's hairpin does it.
 		for _, at := range []string{"10.96.0.7", "fd00:96::7"} {
@@ -359,6 +573,19 @@ func TestNetworkPolicy11APodReachesItselfAndItsNodeAndTheNodeItsPods(t *testing.
 			shop/web   fd00:96::7  tcp/80 yes
 			shop/db    10.96.0.7   tcp/80 no
 			shop/db    fd00:96::7  tcp/80 no`)
+		// What is translated at the node's own address to a pod is judged: only to itself may it lead. The node is not.
+		for _, v4 := range []bool{true, false} {
+			s.redirect(netip.AddrPortFrom(s.address("node", v4), 8080), netip.AddrPortFrom(s.address("shop/web", v4), 80))
+			s.redirect(netip.AddrPortFrom(s.address("node", v4), 8081), netip.AddrPortFrom(s.address("bank/web", v4), 80))
+		}
+		s.expect(`
+			shop/web   node        tcp/8080 yes
+			shop/db    node        tcp/8080 no
+			shop/web   node        tcp/8081 no
+			bank/web   node        tcp/8080 no
+			outside    node        tcp/8080 no
+			outside    node        tcp/8081 yes
+			node       node        tcp/8080 yes`)
 	})
 }
 
@@ -372,31 +599,70 @@ func TestNetworkPolicy12HostNetworkPodsAreTheirNode(t *testing.T) {
 			outside    shop/db  tcp/80 no
 			shop/web   shop/db  tcp/80 no
 			node       shop/db  tcp/80 yes`)
+		// Here too: no policy selects a pod on the host network, nor does a peer mean it.
+		local := pod("shop/local-agent", "app=agent", "")
+		local.spec = "  hostNetwork: true\n"
+		local.status = fmt.Sprintf(`{phase: Running, podIPs: [{ip: %s}, {ip: %q}]}`, testnode.Node4, testnode.Node6)
+		s.writePod(local)
+		s.serve("node", testnode.Node4, testnode.Node6)
+		s.apply(
+			[2]string{"shop/agents", "  podSelector: {matchLabels: {app: agent}}\n  policyTypes: [Ingress, Egress]"},
+			[2]string{"shop/out", "  podSelector: {matchLabels: {app: web}}\n  policyTypes: [Egress]\n  egress: [{to: [{podSelector: {matchLabels: {app: agent}}}]}]"})
+		s.expect(`
+			outside    node     tcp/80 yes
+			node       outside  tcp/80 yes
+			shop/other node     tcp/80 yes
+			shop/other outside  tcp/80 yes
+			shop/web   outside  tcp/80 no`)
 	})
 }
 
 func TestNetworkPolicy13AnEndedPodsAddressIsNotItsOwn(t *testing.T) {
-	remote := func(phase, extra string) *scenePod {
+	remote := func(phase string) *scenePod {
 		p := pod("shop/job", "app=job", "")
 		p.spec = "  nodeName: elsewhere\n"
 		p.status = fmt.Sprintf(`{phase: %s, podIPs: [{ip: %s}, {ip: %q}]}`, phase, testnode.Outside4, testnode.Outside6)
 		return p
 	}
 	eachScene(t, "", shop, func(s *scene) {
-		p := remote("Running", "")
+		p := remote("Running")
 		s.writePod(p)
 		s.apply([2]string{"shop/p", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{podSelector: {matchLabels: {app: job}}}]}]"})
 		s.expect("outside shop/db tcp/80 yes")
 		for _, phase := range []string{"Succeeded", "Failed"} {
-			s.writePod(remote(phase, ""))
+			s.writePod(remote(phase))
 			s.Settle(t)
 			s.expect("outside shop/db tcp/80 no")
 		}
+		// The address has a new owner, with other labels; the ended pod is listed beside him.
+		heir := remote("Running")
+		heir.name, heir.labels["app"] = "shop/heir", "heir"
+		s.writePod(heir)
+		s.Settle(s.t)
+		s.expect("outside shop/db tcp/80 no")
+		s.apply([2]string{"shop/p", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{podSelector: {matchLabels: {app: heir}}}]}]"})
+		s.expect("outside shop/db tcp/80 yes")
+		// A terminating pod still has its address, here and elsewhere.
+		heir.meta = ", deletionTimestamp: \"2024-01-01T00:00:00Z\", deletionGracePeriodSeconds: 30"
+		s.writePod(heir)
+		db := s.pods["shop/db"]
+		db.meta = heir.meta
+		s.writePod(db)
+		s.Settle(s.t)
+		s.expect(`
+			outside  shop/db tcp/80 yes
+			shop/web shop/db tcp/80 no`)
 	})
 }
 
 func TestNetworkPolicy14ServicesAreJudgedByThePodsBehindThem(t *testing.T) {
-	eachScene(t, "", shop, func(s *scene) {
+	mapped := func() []*scenePod {
+		pods := shop()
+		pods[1].host = []attachment.PortMapping{{HostPort: 9432, ContainerPort: 5432, Protocol: "tcp"},
+			{HostPort: 9053, ContainerPort: 53, Protocol: "udp"}, {HostPort: 9080, ContainerPort: 80, Protocol: "tcp"}}
+		return pods
+	}
+	eachScene(t, "", mapped, func(s *scene) {
 		for _, at := range []netip.Addr{netip.MustParseAddr("10.96.0.9"), netip.MustParseAddr("fd00:96::9"),
 			testnode.Node4, testnode.Node6} {
 			port := uint16(80)
@@ -416,7 +682,21 @@ func TestNetworkPolicy14ServicesAreJudgedByThePodsBehindThem(t *testing.T) {
 			shop/web    node       tcp/8080 yes
 			shop/other  node       tcp/8080 no
 			outside     node       tcp/8080 yes v4
-			outside     node       tcp/8080 no  v6`)
+			outside     node       tcp/8080 no  v6
+			shop/web    node       tcp/9432 yes # a hostPort
+			shop/web    node       tcp/9080 no
+			shop/other  node       tcp/9432 no
+			bank/web    node       tcp/9432 no
+			outside     node       tcp/9432 yes v4
+			outside     node       tcp/9432 no  v6
+			outside     node       tcp/9080 no
+			outside     node       udp/9053 no
+			node        node       tcp/9080 yes # its own pod`)
+		s.apply([2]string{"shop/db", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{ipBlock: {cidr: \"2001:db8::1/128\"}}], ports: [{port: 53, protocol: UDP}]}]"})
+		s.expect(`
+			outside     node       udp/9053 yes v6
+			outside     node       udp/9053 no  v4
+			outside     node       tcp/9432 no`)
 	})
 }
 
@@ -466,6 +746,34 @@ func TestNetworkPolicy15ChangesTakeEffectAndTakeAway(t *testing.T) {
 		s.expect(`
 			bank/web   shop/db tcp/80 yes
 			shop/web   shop/db tcp/80 yes`)
+		// A pod that starts again has another address: that one counts now, and the old one no more.
+		s.relabel("shop/web", "app=web")
+		s.apply(
+			[2]string{"shop/db", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{podSelector: {matchLabels: {app: web}}}]}]"},
+			[2]string{"shop/out", "  podSelector: {matchLabels: {app: other}}\n  policyTypes: [Egress]\n  egress: [{to: [{podSelector: {matchLabels: {app: web}}}]}]"})
+		for range 2 {
+			before := s.address("shop/web", true)
+			s.restart("shop/web")
+			s.restart("shop/db")
+			if s.address("shop/web", true) == before {
+				t.Fatalf("shop/web has the address %s again", before)
+			}
+			s.expect(`
+				shop/web   shop/db  tcp/80 yes
+				shop/other shop/db  tcp/80 no
+				shop/other shop/web tcp/80 yes
+				shop/other bank/web tcp/80 no`)
+		}
+		// Namespaces come and go, their policies and labels with them.
+		s.apply([2]string{"shop/db", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{namespaceSelector: {matchLabels: {tenant: late}}}]}]"})
+		s.expect("bank/web shop/db tcp/80 no")
+		s.Write(t, "late.yaml", namespace("bank", "tenant=late"))
+		s.Remove(t, "manifests.yaml")
+		s.Settle(t)
+		s.expect("bank/web shop/db tcp/80 yes")
+		s.Remove(t, "late.yaml")
+		s.Settle(t)
+		s.expect("bank/web shop/db tcp/80 no")
 	})
 }
 
@@ -482,6 +790,21 @@ func TestNetworkPolicy16OneFamilyNeverLoosensTheOther(t *testing.T) {
 			shop/web   shop/db tcp/80 yes v6
 			shop/other shop/db tcp/80 yes
 			bank/web   shop/db tcp/80 no`)
+		// And with blocks of both families in one rule: each admits in its own, and an exception takes from its own.
+		s.apply([2]string{"shop/db", `
+  podSelector: {matchLabels: {app: db}}
+  policyTypes: [Ingress, Egress]
+  ingress: [{from: [{ipBlock: {cidr: 0.0.0.0/0, except: [10.244.0.0/16]}}, {ipBlock: {cidr: "fd00:10:244:1::/64"}}], ports: [{port: 80}]}]
+  egress: [{to: [{ipBlock: {cidr: 198.51.100.0/24}}]}, {to: [{podSelector: {matchLabels: {app: other}}}]}]`})
+		s.expect(`
+			shop/web   shop/db    tcp/80 no  v4
+			shop/web   shop/db    tcp/80 yes v6
+			outside    shop/db    tcp/80 yes v4
+			outside    shop/db    tcp/80 no  v6
+			shop/db    outside    tcp/80 yes v4
+			shop/db    outside    tcp/80 no  v6
+			shop/db    outside    icmp   no  v6
+			shop/db    shop/other tcp/80 yes`)
 	})
 }
 
@@ -504,6 +827,53 @@ func TestNetworkPolicy17AnUnusablePolicyClosesItsPodsAndNoOthers(t *testing.T) {
 			if !strings.Contains(status, want) {
 				t.Errorf("status does not say %q:\n%s", want, status)
 			}
+		}
+		if got := s.figures()["postern_policies_unusable"]; got != 2 {
+			t.Errorf("postern_policies_unusable is %v, want 2", got)
+		}
+		for _, want := range []string{"shop/cidr", "shop/range"} {
+			if !strings.Contains(s.daemon.Log(), want) {
+				t.Errorf("the log does not name %s", want)
+			}
+		}
+		// Another policy admits to the same pod what it admits.
+		s.apply([2]string{"shop/also", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{podSelector: {matchLabels: {app: web}}}]}]"})
+		s.expect(`
+			shop/web   shop/db    tcp/80 yes
+			shop/other shop/db    tcp/80 no`)
+		s.withdraw("shop/also", "shop/range")
+		for _, c := range []struct{ what, rule, reason string }{
+			{"a peer with no field", "{from: [{}]}", "from[0]"},
+			{"a block beside a selector", "{from: [{ipBlock: {cidr: 0.0.0.0/0}, podSelector: {}}]}", "ipBlock"},
+			{"an exception outside of its block", "{from: [{ipBlock: {cidr: 198.51.100.0/24, except: [10.0.0.0/8]}}]}", "10.0.0.0/8"},
+			{"an exception that does not parse", "{from: [{ipBlock: {cidr: 198.51.100.0/24, except: [nowhere]}}]}", "nowhere"},
+			{"an endPort beside a name", "{ports: [{port: sql, endPort: 90}]}", "endPort"},
+			{"an endPort without a port", "{ports: [{endPort: 90}]}", "endPort"},
+			{"a port beyond 65535", "{ports: [{port: 70000}]}", "70000"},
+			{"an unknown protocol", "{ports: [{port: 80, protocol: ICMP}]}", "ICMP"},
+			{"an unknown operator", "{from: [{podSelector: {matchExpressions: [{key: app, operator: Like, values: [web]}]}}]}", "Like"},
+		} {
+			s.apply([2]string{"shop/cidr", "  podSelector: {matchLabels: {app: db}}\n  ingress: [" + c.rule + ", {}]"})
+			s.expect(`
+				shop/web   shop/db    tcp/80 no
+				outside    shop/db    icmp   no
+				shop/db    outside    tcp/80 yes
+				shop/web   shop/other tcp/80 yes
+				shop/web   bank/web   tcp/80 yes
+				outside    bank/web   tcp/80 no`)
+			status := s.NS.Run(t, nettest.Build(t, "policyd"), "status", "--state-dir", s.StateDir)
+			if !strings.Contains(status, "shop/cidr") || !strings.Contains(status, c.reason) {
+				t.Errorf("%s: status does not say %q of shop/cidr:\n%s", c.what, c.reason, status)
+			}
+		}
+		// Mended, it is a policy like the others.
+		s.apply([2]string{"shop/cidr", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{ipBlock: {cidr: 198.51.100.0/24}}]}]"})
+		s.expect(`
+			outside    shop/db    tcp/80 yes v4
+			outside    shop/db    tcp/80 no  v6
+			shop/web   shop/db    tcp/80 no`)
+		if got := s.figures()["postern_policies_unusable"]; got != 0 {
+			t.Errorf("postern_policies_unusable is %v, want 0", got)
 		}
 	})
 }

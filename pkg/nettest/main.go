@@ -24,8 +24,14 @@ const (
 // exitNoProc is the status with which the inner process says that it could not mount /proc for its PID namespace.
 const exitNoProc = 119
 
+// Runner is a *testing.M, or a program that tests.
+type Runner interface {
+	// Run returns the exit status.
+	Run() int
+}
+
 // Main runs the tests of m in scratch namespaces and exits with their status. Call it from TestMain, and nothing before it.
-func Main(m *testing.M) {
+func Main(m Runner) {
 	if os.Getenv(stateEnv) == stateInside {
 		os.Exit(inside(m))
 	}
@@ -106,7 +112,7 @@ func spawn(flags uintptr) (int, error) {
 }
 
 // inside makes the scratch host around the process and runs the tests in it.
-func inside(m *testing.M) int {
+func inside(m Runner) int {
 	if os.Getpid() == 1 {
 		// Before anything else looks at /proc: the inherited one counts the processes of another PID namespace.
 		if err := mountProc(); err != nil {

@@ -1,0 +1,93 @@
+package verify
+
+import (
+	"fmt"
+	"time"
+)
+
+// verifyMutants breaks one line at a time, and reports whether each break is found.
+func verifyMutants(o options, p *printer) (bool, error) {
+	all := mutations()
+	missed := 0
+	p.line("%-8s  %-70s  %s", "line", "mutation", "by the rules")
+	for i := range all {
+		text, found := all[i].search(o, uint64(i))
+		if !found {
+			missed++
+		}
+		p.line("%-8s  %-70s  %s", all[i].breaks(), all[i].name, text)
+	}
+	kernels := 0
+	for i, backend := range o.backends {
+		err := onBench(backend, i, func(b *bench) error {
+			for i := range all {
+				if !all[i].kernel {
+					continue
+				}
+				kernels++
+				text, found, err := all[i].searchKernel(o, b, uint64(i))
+				if err != nil {
+					return fmt.Errorf("%s: %w", all[i].name, err)
+				}
+				if !found {
+					missed++
+				}
+				p.line("%-8s  %-70s  by packets, %s: %s", all[i].breaks(), all[i].name, backend, text)
+			}
+			return nil
+		})
+		if err != nil {
+			return false, fmt.Errorf("kernel, %s: %w", backend, err)
+		}
+	}
+	p.line("%d mutations by the rules, %d by packets through the kernel: %d not found (%.0f s)", len(all), kernels, missed,
+		time.Since(p.begin).Seconds())
+	return missed == 0, nil
+}
+
+func (m *mutation) breaks() string {
+	if m.line == 0 {
+		return "(shape)"
+	}
+	return fmt.Sprintf("line %d", m.line)
+}
+
+const notFound = "NOT FOUND"
+
+// search asks words and broken rules until they differ.
+func (m *mutation) search(o options, number uint64) (string, bool) {
+	asked := 0
+	for n := uint64(0); asked < o.packets; n++ {
+		w, d := newWorld(o.seed, n), throw(o.seed, n, forPackets)
+		j := judge(w, m, throw(o.seed+number, n, forMutants))
+		for range packetsOfAWorld {
+			p := w.packet(d)
+			asked++
+			if rules, err := j.rules(p); err == nil && rules != j.words(p).passes {
+				return fmt.Sprintf("found after %d packets in cluster %d", asked, n), true
+			}
+		}
+	}
+	return fmt.Sprintf("%s in %d packets", notFound, asked), false
+}
+
+// searchKernel sends packets through the broken rules until the kernel differs from the words.
+func (m *mutation) searchKernel(o options, b *bench, number uint64) (string, bool, error) {
+	asked := 0
+	for n := uint64(0); asked < o.kernelPackets; n++ {
+		w, d := newWorld(o.seed, n), throw(o.seed, n, forKernel)
+		j := judge(w, m, throw(o.seed+number, n, forMutants))
+		var packets []Packet
+		for range kernelPacketsOfAWorld {
+			packets = append(packets, w.kernelPacket(d))
+		}
+		found, sent, err := b.compare(j, packets, census{})
+		if err != nil {
+			return "", false, err
+		}
+		if asked += sent; found != nil {
+			return fmt.Sprintf("found after %d packets in cluster %d", asked, n), true, nil
+		}
+	}
+	return fmt.Sprintf("%s in %d packets", notFound, asked), false, nil
+}

@@ -174,13 +174,13 @@ func advertise(t *testing.T, ns *nettest.NS) (err error) {
 	t.Helper()
 	ra := []byte{134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0}
 	ns.Do(t, func() {
-		link, err := net.InterfaceByName("eth0")
-		if err != nil {
-			t.Fatal(err)
+		link, errLink := net.InterfaceByName("eth0")
+		if errLink != nil {
+			t.Fatal(errLink)
 		}
-		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_ICMPV6)
-		if err != nil {
-			t.Fatal(err)
+		fd, errSocket := unix.Socket(unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_ICMPV6)
+		if errSocket != nil {
+			t.Fatal(errSocket)
 		}
 		defer unix.Close(fd)
 		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MULTICAST_HOPS, 255); err != nil {

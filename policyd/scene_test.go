@@ -468,3 +468,13 @@ func (c *conn) alive(wait time.Duration) error {
 	}
 	return err
 }
+
+// pipe runs a command in a namespace with a text on its standard input.
+func pipe(ns *nettest.NS, stdin, name string, args ...string) error {
+	cmd := ns.Command(context.Background(), name, args...)
+	cmd.Stdin = strings.NewReader(stdin)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("in %s: %s %s: %w: %s\n%s", ns.Name, name, strings.Join(args, " "), err, out, stdin)
+	}
+	return nil
+}

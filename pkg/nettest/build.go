@@ -25,8 +25,9 @@ const (
 	answerFD = 4
 )
 
-// An order asks the outer process for a program, an answer says where it is.
-type order struct{ Package string }
+// An order asks the outer process for a program, with a version of its own if it is to be another build; an answer says where
+// it is.
+type order struct{ Package, Version string }
 type answer struct{ Path, Error string }
 
 // counter is where the inner process places its orders, one at a time.
@@ -49,8 +50,14 @@ var theCounter = sync.OnceValue(func() *counter {
 // the main module requires. The build runs outside of the scratch namespaces, since it may have to fetch modules.
 func Build(t testing.TB, pkg string) string {
 	t.Helper()
+	return BuildVersion(t, pkg, "")
+}
+
+// BuildVersion is [Build] for a second build of the same source, whose main.version is the given one.
+func BuildVersion(t testing.TB, pkg, version string) string {
+	t.Helper()
 	Need(t)
-	path, err := theCounter().place(order{Package: pkg})
+	path, err := theCounter().place(order{Package: pkg, Version: version})
 	if err != nil {
 		t.Fatalf("build %s: %v", pkg, err)
 	}
@@ -77,9 +84,9 @@ func (c *counter) place(o order) (string, error) {
 type workshop struct {
 	orders  *os.File
 	answers *os.File
-	inner   []*os.File        // the inner process's ends
-	dir     string            // of the programs; made with the first
-	built   map[string]answer // by package
+	inner   []*os.File // the inner process's ends
+	dir     string     // of the programs; made with the first
+	built   map[order]answer
 }
 
 // openWorkshop gives cmd its ends of the pipes.
@@ -92,7 +99,7 @@ func openWorkshop(cmd *exec.Cmd) (*workshop, error) {
 	if err != nil {
 		return nil, errors.Join(err, orders.Close(), ordersIn.Close())
 	}
-	w := &workshop{orders: orders, answers: answers, inner: []*os.File{ordersIn, answersIn}, built: map[string]answer{}}
+	w := &workshop{orders: orders, answers: answers, inner: []*os.File{ordersIn, answersIn}, built: map[order]answer{}}
 	cmd.ExtraFiles = append(cmd.ExtraFiles, w.inner...)
 	return w, nil
 }
@@ -111,10 +118,10 @@ func (w *workshop) serve() {
 			}
 			return
 		}
-		a, known := w.built[o.Package]
+		a, known := w.built[o]
 		if !known {
-			a = w.build(o.Package)
-			w.built[o.Package] = a
+			a = w.build(o)
+			w.built[o] = a
 		}
 		if err := answers.Encode(a); err != nil {
 			return
@@ -131,7 +138,8 @@ func (w *workshop) close() {
 }
 
 // build runs go build for one package.
-func (w *workshop) build(pkg string) answer {
+func (w *workshop) build(o order) answer {
+	pkg := o.Package
 	root, err := moduleRoot()
 	if err != nil {
 		return answer{Error: err.Error()}
@@ -148,13 +156,20 @@ func (w *workshop) build(pkg string) answer {
 	}
 	// A folder for each, so that the program keeps its own name: CNI finds plugins by name.
 	program := filepath.Join(w.dir, strconv.Itoa(len(w.built)), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", program, target)
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-ldflags", ldflags(o.Version), "-o", program, target)
 	cmd.Dir = folder
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return answer{Error: fmt.Sprintf("%v: %s", err, out)}
 	}
 	return answer{Path: program}
+}
+
+func ldflags(version string) string {
+	if version == "" {
+		return ""
+	}
+	return "-X main.version=" + version
 }
 
 // moduleRoot walks up from the test's folder to the one with the main module's go.mod.

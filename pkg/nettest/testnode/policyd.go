@@ -37,10 +37,16 @@ func (n *Node) Policyd(t testing.TB, args ...string) *Policyd {
 // StartPolicyd starts policyd and does not wait for anything. Its log is shown if the test fails.
 func (n *Node) StartPolicyd(t testing.TB, args ...string) *Policyd {
 	t.Helper()
+	return n.StartProgram(t, nettest.Build(t, "policyd"), args...)
+}
+
+// StartProgram is [Node.StartPolicyd] with another build of the daemon.
+func (n *Node) StartProgram(t testing.TB, program string, args ...string) *Policyd {
+	t.Helper()
 	d := &Policyd{done: make(chan struct{})}
 	all := append([]string{"run", "--from", n.Manifests, "--state-dir", n.StateDir, "--iptables-backend", n.opts.Backend,
 		"--listen", "127.0.0.1:0"}, args...)
-	d.cmd = n.NS.Command(context.Background(), nettest.Build(t, "policyd"), all...)
+	d.cmd = n.NS.Command(context.Background(), program, all...)
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
 	if err := d.cmd.Start(); err != nil {
 		t.Fatalf("start policyd: %v", err)

@@ -5,6 +5,9 @@ VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 TESTTIMEOUT ?= 15m
+# Of `make verify`: where chance begins, and whose kernel side is asked. Sizes that are not given are the program's.
+SEED        ?= 1
+BACKEND     ?= both
 # What the tests and the demo run, and the Debian packages that have it.
 TOOLS    := iptables-nft-restore iptables-legacy-restore ip6tables-nft-restore ip6tables-legacy-restore ipset ip nsenter sysctl
 PACKAGES := iptables ipset iproute2 util-linux procps
@@ -13,7 +16,7 @@ PACKAGES := iptables ipset iproute2 util-linux procps
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .DEFAULT_GOAL := build
-.PHONY: build test lint demo tools clean help
+.PHONY: build test lint demo verify verify-mutants tools clean help
 
 build: ## build bin/postern (the CNI plugin) and bin/policyd (the daemon), static
 	$(GOBUILD) -o bin/postern ./plugin
@@ -39,6 +42,16 @@ demo: tools ## root: a node made of namespaces, eight pods, every kind of policy
 	@$(subst go build,go -C e2e build,$(GOBUILD)) -o ../bin/demo ./demo
 	@bin/demo --bin bin
 
+verify: tools ## policies' words, rules and kernel agree: PACKETS, KERNEL_PACKETS (a backend), WALKS, SEED, BACKEND=nft|legacy|both
+	@go build -o bin/verify ./pkg/verify/cmd
+	@bin/verify -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
+		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS))
+
+verify-mutants: tools ## break one line of the semantics at a time, and see that `make verify` would find it
+	@go build -o bin/verify ./pkg/verify/cmd
+	@bin/verify -mutants -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
+		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS))
+
 tools: ## see that iptables (both backends), ipset and iproute2 are there; as root on Debian or Ubuntu, install them
 	@missing=; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
@@ -53,4 +66,4 @@ clean: ## remove what the other targets built
 	rm -rf bin
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

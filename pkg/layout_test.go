@@ -76,7 +76,9 @@ func packages(t *testing.T) map[string]listed {
 }
 
 // forTests reports whether a package is one that only tests import.
-func forTests(path string) bool { return strings.HasPrefix(path, module+"pkg/nettest") }
+func forTests(path string) bool {
+	return strings.HasPrefix(path, module+"pkg/nettest") || strings.HasPrefix(path, module+"pkg/verify")
+}
 
 // ours returns the import paths of the module's own packages, without folders that hold only tests.
 func ours(all map[string]listed) []string {

@@ -142,7 +142,7 @@ func (b *bench) makeNode() (err error) {
 	if b.sets, err = ipset.Open(); err != nil {
 		return err
 	}
-	if err := b.link(uplink); err != nil {
+	if err := errors.Join(b.link(uplink), b.closeForward()); err != nil {
 		return err
 	}
 	for _, all := range []string{"0.0.0.0/0", "::/0"} {
@@ -152,6 +152,18 @@ func (b *bench) makeNode() (err error) {
 		}
 		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: b.links[uplink].node, Dst: dst}); err != nil {
 			return fmt.Errorf("route %s: %w", all, err)
+		}
+	}
+	return nil
+}
+
+// closeForward makes the node one whose FORWARD policy is DROP, as Docker leaves it: there pod traffic needs to be accepted. What
+// is no pod's (the marker) this node accepts itself.
+func (b *bench) closeForward() error {
+	for _, t := range b.tables {
+		text := "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -i " + uplink + " -o " + uplink + " -j ACCEPT\nCOMMIT\n"
+		if err := t.Restore(context.Background(), text); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -74,7 +74,7 @@ func (m *mutation) search(o options, number uint64) (string, bool) {
 // searchKernel sends packets through the broken rules until the kernel differs from the words.
 func (m *mutation) searchKernel(o options, b *bench, number uint64) (string, bool, error) {
 	asked := 0
-	for n := uint64(0); asked < o.kernelPackets; n++ {
+	for n := uint64(0); n*kernelPacketsOfAWorld < uint64(o.kernelPackets); n++ {
 		w, d := newWorld(o.seed, n), throw(o.seed, n, forKernel)
 		j := judge(w, m, throw(o.seed+number, n, forMutants))
 		var packets []Packet

@@ -7,7 +7,10 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"github.com/postern-cni/postern/pkg/object"
 	"github.com/postern-cni/postern/pkg/policy"
 	"github.com/postern-cni/postern/pkg/rule"
 )
@@ -98,10 +101,7 @@ func (w *World) packet(d dice) Packet {
 }
 
 func (w *World) firstPacket(d dice) Packet {
-	p := Packet{From: one(d, w.ready()...), Port: one(d, numbers...), State: stateNew}
-	if d.chance(4) {
-		p.Port += one[uint16](d, 1, 65535) // on either side of a range's end
-	}
+	p := Packet{From: one(d, w.ready()...), State: stateNew}
 	to := w.addresses
 	switch d.IntN(10) {
 	case 0:
@@ -115,14 +115,78 @@ func (w *World) firstPacket(d dice) Packet {
 	if d.chance(2) {
 		p.From, p.To = p.To, p.From
 	}
-	p.Protocol = one(d, rule.TCP, rule.TCP, rule.TCP, rule.UDP, rule.UDP, rule.SCTP, rule.ICMP)
-	if p.Protocol == rule.ICMP {
-		p.Port = 0
+	if p.Protocol = one(d, rule.TCP, rule.TCP, rule.TCP, rule.UDP, rule.UDP, rule.SCTP, rule.ICMP); p.Protocol == rule.ICMP {
 		if p.From.Is6() {
 			p.Protocol = rule.ICMPv6
 		}
+		return p
+	}
+	p.Port = one(d, numbers...)
+	switch d.IntN(4) {
+	case 0:
+		p.Port = beside(d, p.Port)
+	case 1, 2:
+		w.aim(d, &p)
 	}
 	return p
+}
+
+// beside draws a port on either side of a number: of the end of a range, say.
+func beside(d dice, port uint16) uint16 { return port + one[uint16](d, 1, 65535) }
+
+// aim gives the packet a port that some policy names, or one beside it.
+func (w *World) aim(d dice, p *Packet) {
+	var all []networkingv1.NetworkPolicyPort
+	for _, np := range w.Cluster.Policies {
+		for _, r := range np.Spec.Ingress {
+			all = append(all, r.Ports...)
+		}
+		for _, r := range np.Spec.Egress {
+			all = append(all, r.Ports...)
+		}
+	}
+	if len(all) == 0 {
+		return
+	}
+	at := one(d, all...)
+	if p.Protocol = rule.TCP; at.Protocol != nil && *at.Protocol != "ICMP" {
+		p.Protocol = rule.Proto(strings.ToLower(string(*at.Protocol)))
+	}
+	switch {
+	case at.Port == nil:
+	case at.Port.Type == intstr.String:
+		w.aimAtName(d, p, at.Port.StrVal)
+	case at.EndPort != nil && !d.chance(3):
+		p.Port = uint16(*at.EndPort)
+		if d.chance(2) {
+			p.Port++
+		}
+	default:
+		if p.Port = uint16(at.Port.IntVal); d.chance(4) {
+			p.Port = beside(d, p.Port)
+		}
+	}
+}
+
+// aimAtName gives the packet the number that a pod has under a name: the destination, mostly.
+func (w *World) aimAtName(d dice, p *Packet, name string) {
+	var own, all []object.Port
+	for _, pod := range w.Cluster.Pods {
+		for _, port := range pod.Ports {
+			if port.Name != name {
+				continue
+			}
+			if all = append(all, port); slices.Contains(pod.IPs, p.To) {
+				own = append(own, port)
+			}
+		}
+	}
+	if len(own) > 0 && !d.chance(4) {
+		all = own
+	}
+	if len(all) > 0 {
+		p.Port = one(d, all...).Number
+	}
 }
 
 // forge lets the packet come in on a link that does not lead to its source: of another pod, or, with a local pod's address,

@@ -155,7 +155,7 @@ func TestNoGapThroughRestartsEditsAndAnUpgrade(t *testing.T) {
 			for range s.chance.IntN(3) {
 				s.edit()
 			}
-			s.byChance(150 * time.Millisecond) // the folder is read 50 ms after a change: this ends in the midst of a sync
+			s.byChance(150 * time.Millisecond) // a sync takes some tens of them: many end in its midst
 			s.daemon.Stop(t, []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM}[s.chance.IntN(2)])
 			s.edit()
 			s.daemon = s.StartProgram(t, program)

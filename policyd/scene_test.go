@@ -104,8 +104,14 @@ func (p *scenePod) manifest() string {
 // declare them with labels).
 func newScene(t *testing.T, backend string, manifests string, pods ...*scenePod) *scene {
 	t.Helper()
+	return newSceneOn(t, testnode.New(t, testnode.Options{Backend: backend}), manifests, pods...)
+}
+
+// newSceneOn is newScene on a node of the test's own.
+func newSceneOn(t *testing.T, node *testnode.Node, manifests string, pods ...*scenePod) *scene {
+	t.Helper()
 	s := &scene{
-		Node:  testnode.New(t, testnode.Options{Backend: backend}),
+		Node:  node,
 		t:     t,
 		pods:  map[string]*scenePod{},
 		where: map[string]*nettest.NS{},
@@ -414,7 +420,7 @@ func eachScene(t *testing.T, manifests string, pods func() []*scenePod, test fun
 	})
 }
 
-// redirect gives the node a Service-like address translation, as kube-proxy would: what goes to at is sent to a pod.
+// redirect gives the node a Service-like address translation, as kube-proxy would: what goes to at, TCP and UDP, is sent to a pod.
 func (s *scene) redirect(at, to netip.AddrPort) {
 	s.t.Helper()
 	tables := "iptables-" + s.Backend()
@@ -422,8 +428,10 @@ func (s *scene) redirect(at, to netip.AddrPort) {
 		tables = "ip6tables-" + s.Backend()
 	}
 	for _, chain := range []string{"PREROUTING", "OUTPUT"} {
-		s.NS.Run(s.t, tables, "-t", "nat", "-A", chain, "-d", at.Addr().String(), "-p", "tcp", "--dport",
-			fmt.Sprint(at.Port()), "-j", "DNAT", "--to-destination", to.String())
+		for _, proto := range []string{"tcp", "udp"} {
+			s.NS.Run(s.t, tables, "-t", "nat", "-A", chain, "-d", at.Addr().String(), "-p", proto, "--dport",
+				fmt.Sprint(at.Port()), "-j", "DNAT", "--to-destination", to.String())
+		}
 	}
 }
 

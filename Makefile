@@ -45,7 +45,7 @@ demo: tools ## root: a node made of namespaces, eight pods, every kind of policy
 verify: tools ## policies' words, rules and kernel agree: PACKETS, KERNEL_PACKETS (a backend), WALKS, SEED, BACKEND=nft|legacy|both
 	@go build -o bin/verify ./pkg/verify/cmd
 	@bin/verify -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
-		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS))
+		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS)) $(if $(BREAK),-break "$(BREAK)")
 
 verify-mutants: tools ## break one line of the semantics at a time, and see that `make verify` would find it
 	@go build -o bin/verify ./pkg/verify/cmd

@@ -57,7 +57,8 @@ var kinds = []string{
 	"policyTypes: absent", "policyTypes: Ingress", "policyTypes: Egress", "policyTypes: Ingress,Egress",
 	"peers: everyone", "peers: podSelector", "peers: namespaceSelector", "peers: both selectors", "peers: ipBlock",
 	"selector: empty", "selector: matchLabels", "selector: In", "selector: NotIn", "selector: Exists", "selector: DoesNotExist",
-	"blocks: /0", "blocks: a single address", "blocks: exceptions", "blocks: several, overlapping, with exceptions", "blocks: host bits",
+	"blocks: /0", "blocks: a single address", "blocks: exceptions", "blocks: several, overlapping, with exceptions",
+	"blocks: host bits",
 	"ports: every one", "ports: a number", "ports: a range", "ports: a name", "ports: whole protocol",
 	"ports: protocol absent", "ports: TCP", "ports: UDP", "ports: SCTP",
 }

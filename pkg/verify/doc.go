@@ -6,7 +6,7 @@
 //   - the words: package explain, which reads the API objects and shares nothing with the compiler;
 //   - the rules: an interpreter that walks the packet through the compiled chains and sets ([tables]);
 //   - the model, by which policyd judges live flows;
-//   - the kernel: the same chains and sets, loaded in a network namespace of their own, and real packets sent through it ([bench]).
+//   - the kernel: the same chains and sets, loaded in a network namespace of their own, and real packets sent through ([bench]).
 //
 // The answers must be one. A world in which they are not is cut down to the few objects that matter ([shrink]) and printed as
 // manifests, with this node's records and the packet as comments; put in testdata/regressions, such a file is asked again by

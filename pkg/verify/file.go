@@ -133,7 +133,7 @@ func podObject(p *object.Pod, i int) *corev1.Pod {
 		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, Labels: p.Labels},
 		Spec:       corev1.PodSpec{NodeName: p.Node, HostNetwork: p.HostNetwork, Containers: []corev1.Container{main}}}
 	if len(sidecar.Ports) > 0 {
-		ends := corev1.Container{Name: "ends", Ports: []corev1.ContainerPort{port(object.Port{Name: "web", Protocol: corev1.ProtocolTCP, Number: 7})}}
+		ends := corev1.Container{Name: "ends", Ports: []corev1.ContainerPort{{Name: "web", ContainerPort: 7}}}
 		out.Spec.InitContainers = []corev1.Container{ends, sidecar}
 	}
 	if p.Terminating {

@@ -175,7 +175,8 @@ func idIn(b []byte, four, six bool) (uint32, bool) {
 	default:
 		return 0, false
 	}
-	at := map[uint8]int{unix.IPPROTO_TCP: 4, unix.IPPROTO_UDP: 8, unix.IPPROTO_SCTP: 16, unix.IPPROTO_ICMP: 4, unix.IPPROTO_ICMPV6: 4}
+	at := map[uint8]int{unix.IPPROTO_TCP: 4, unix.IPPROTO_UDP: 8, unix.IPPROTO_SCTP: 16,
+		unix.IPPROTO_ICMP: 4, unix.IPPROTO_ICMPV6: 4}
 	switch {
 	case protocol == unix.IPPROTO_ICMP && b[0] == 3 || protocol == unix.IPPROTO_ICMPV6 && b[0] == 1:
 		return idIn(b[min(8, len(b)):], four, six) // of the packet that it is about

@@ -45,6 +45,15 @@ func verifyMutants(o options, p *printer) (bool, error) {
 	return missed == 0, nil
 }
 
+func mutationNamed(name string) *mutation {
+	for _, m := range mutations() {
+		if m.name == name {
+			return &m
+		}
+	}
+	return nil
+}
+
 func (m *mutation) breaks() string {
 	if m.line == 0 {
 		return "(shape)"

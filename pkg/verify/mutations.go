@@ -18,15 +18,16 @@ import (
 
 // Short names for what the list below is full of.
 type (
-	npPolicy = networkingv1.NetworkPolicy
-	npPeer   = networkingv1.NetworkPolicyPeer
-	npPort   = networkingv1.NetworkPolicyPort
+	npPolicy   = networkingv1.NetworkPolicy
+	npPeer     = networkingv1.NetworkPolicyPeer
+	npPort     = networkingv1.NetworkPolicyPort
+	npSelector = metav1.LabelSelector
 )
 
 // mutations returns them all, by the line that they break. Lines 14 (address translation, which comes before anything here) and
 // 15 (change) cannot be broken in a picture that stands still.
 func mutations() []mutation {
-	list := slices.Concat(isolation(), peers(), blocks(), portMutations(), ends(), flows(), shape())
+	list := slices.Concat(isolation(), peers(), blocks(), portNumbers(), namedPorts(), ends(), flows(), shape())
 	const last = 1000 // those of no line
 	slices.SortStableFunc(list, func(a, b mutation) int { return cmp.Or(a.line, last) - cmp.Or(b.line, last) })
 	return list
@@ -43,7 +44,9 @@ func isolation() []mutation {
 			}
 			in.Cluster.Policies = slices.DeleteFunc(in.Cluster.Policies, func(np *npPolicy) bool { return last[np.Namespace] != np })
 		}},
-		{line: 1, name: "a pod that no policy selects is closed", state: inSet("pst-open-", func(_ dice, s *rule.Set) { s.Entries = nil })},
+		{line: 1, name: "a pod that no policy selects is closed", state: inSet("pst-open-", func(_ dice, s *rule.Set) {
+			s.Entries = nil
+		})},
 		{line: 1, name: "a pod that a policy selects is open", state: func(_ dice, s *rule.State) {
 			at := func(name string) *rule.Set {
 				return &s.Sets[slices.IndexFunc(s.Sets, func(set rule.Set) bool { return set.Name == name })]
@@ -85,11 +88,15 @@ func isolation() []mutation {
 		}},
 		{line: 17, name: "a policy that cannot be used is passed over", kernel: true, input: func(in *policy.Input, _ rule.Family) {
 			bad := unusable(in)
-			in.Cluster.Policies = slices.DeleteFunc(in.Cluster.Policies, func(np *npPolicy) bool { return bad[np.Namespace+"/"+np.Name] })
+			in.Cluster.Policies = slices.DeleteFunc(in.Cluster.Policies, func(np *npPolicy) bool {
+				return bad[np.Namespace+"/"+np.Name]
+			})
 		}},
 		{line: 17, name: "a policy that cannot be used stops the others", input: func(in *policy.Input, _ rule.Family) {
 			if bad := unusable(in); len(bad) > 0 {
-				in.Cluster.Policies = slices.DeleteFunc(in.Cluster.Policies, func(np *npPolicy) bool { return !bad[np.Namespace+"/"+np.Name] })
+				in.Cluster.Policies = slices.DeleteFunc(in.Cluster.Policies, func(np *npPolicy) bool {
+					return !bad[np.Namespace+"/"+np.Name]
+				})
 			}
 		}},
 	}
@@ -130,26 +137,27 @@ func peers() []mutation {
 			}
 			return []npPeer{p}
 		})},
-		{line: 4, name: "an empty selector matches nothing", input: eachPolicy(peerSelectors(func(s *metav1.LabelSelector) {
+		{line: 4, name: "an empty selector matches nothing", input: eachPolicy(peerSelectors(func(s *npSelector) {
 			if len(s.MatchLabels)+len(s.MatchExpressions) == 0 {
 				s.MatchLabels = map[string]string{"nobody": "has this"}
 			}
 		}))},
-		{line: 4, name: "matchExpressions are passed over", input: eachSelector(func(s *metav1.LabelSelector) { s.MatchExpressions = nil })},
-		{line: 4, name: "matchLabels are passed over", input: eachSelector(func(s *metav1.LabelSelector) { s.MatchLabels = nil })},
-		{line: 4, name: "NotIn wants the label to be there", input: operator(metav1.LabelSelectorOpNotIn, func(s *metav1.LabelSelector, i int) {
+		{line: 4, name: "matchExpressions are passed over", input: eachSelector(func(s *npSelector) { s.MatchExpressions = nil })},
+		{line: 4, name: "matchLabels are passed over", input: eachSelector(func(s *npSelector) { s.MatchLabels = nil })},
+		{line: 4, name: "NotIn wants the label to be there", input: operator(metav1.LabelSelectorOpNotIn, func(s *npSelector, i int) {
 			s.MatchExpressions = append(s.MatchExpressions,
 				metav1.LabelSelectorRequirement{Key: s.MatchExpressions[i].Key, Operator: metav1.LabelSelectorOpExists})
 		})},
-		{line: 4, name: "In looks at the first value alone", input: operator(metav1.LabelSelectorOpIn, func(s *metav1.LabelSelector, i int) {
+		{line: 4, name: "In looks at the first value alone", input: operator(metav1.LabelSelectorOpIn, func(s *npSelector, i int) {
 			s.MatchExpressions[i].Values = s.MatchExpressions[i].Values[:1]
 		})},
-		{line: 4, name: "Exists is always true", input: operator(metav1.LabelSelectorOpExists, func(s *metav1.LabelSelector, i int) {
+		{line: 4, name: "Exists is always true", input: operator(metav1.LabelSelectorOpExists, func(s *npSelector, i int) {
 			s.MatchExpressions[i] = metav1.LabelSelectorRequirement{Key: "nobody", Operator: metav1.LabelSelectorOpDoesNotExist}
 		})},
-		{line: 4, name: "DoesNotExist is read as Exists", input: operator(metav1.LabelSelectorOpDoesNotExist, func(s *metav1.LabelSelector, i int) {
-			s.MatchExpressions[i].Operator = metav1.LabelSelectorOpExists
-		})},
+		{line: 4, name: "DoesNotExist is read as Exists",
+			input: operator(metav1.LabelSelectorOpDoesNotExist, func(s *npSelector, i int) {
+				s.MatchExpressions[i].Operator = metav1.LabelSelectorOpExists
+			})},
 		{line: 6, name: "selectors that find nobody: everyone", state: eachChain("PST-", func(s *rule.State, c *rule.Chain) {
 			empty := map[string]bool{}
 			for _, set := range s.Sets {
@@ -169,7 +177,9 @@ func peers() []mutation {
 				p.IPs = nil
 			}
 		})},
-		{line: 16, name: "a pod's first address alone counts", input: eachPod(func(p *object.Pod) { p.IPs = p.IPs[:min(1, len(p.IPs))] })},
+		{line: 16, name: "a pod's first address alone counts", input: eachPod(func(p *object.Pod) {
+			p.IPs = p.IPs[:min(1, len(p.IPs))]
+		})},
 		{name: "of two pods with one address, one that matches is enough", input: func(in *policy.Input, _ rule.Family) {
 			taken := map[netip.Addr]bool{}
 			for _, p := range in.Cluster.Pods {
@@ -185,8 +195,8 @@ func peers() []mutation {
 }
 
 // operator changes every requirement with an operator, in all selectors.
-func operator(op metav1.LabelSelectorOperator, change func(*metav1.LabelSelector, int)) func(*policy.Input, rule.Family) {
-	return eachSelector(func(s *metav1.LabelSelector) {
+func operator(op metav1.LabelSelectorOperator, change func(*npSelector, int)) func(*policy.Input, rule.Family) {
+	return eachSelector(func(s *npSelector) {
 		for i := range s.MatchExpressions {
 			if s.MatchExpressions[i].Operator == op {
 				change(s, i)
@@ -221,7 +231,9 @@ func blocks() []mutation {
 			})
 			return true
 		})},
-		{line: 5, name: "a set of blocks loses one", state: inSet("pst-n", func(_ dice, s *rule.Set) { s.Entries = s.Entries[:len(s.Entries)-1] })},
+		{line: 5, name: "a set of blocks loses one", state: inSet("pst-n", func(_ dice, s *rule.Set) {
+			s.Entries = s.Entries[:len(s.Entries)-1]
+		})},
 		{line: 5, name: "a block is twice as large", state: inSet("pst-n", func(d dice, s *rule.Set) {
 			e := &s.Entries[d.IntN(len(s.Entries))]
 			e.Prefix = netip.PrefixFrom(e.Prefix.Addr(), max(1, e.Prefix.Bits()-1)).Masked()
@@ -229,7 +241,7 @@ func blocks() []mutation {
 		{line: 6, name: "blocks of the other family alone: everyone", input: otherFamily(func(r *ruleOf, other []npPeer) bool {
 			return len(other) == len(r.peers)
 		})},
-		{line: 16, name: "a block of the other family is everyone in this one", input: otherFamily(func(_ *ruleOf, other []npPeer) bool {
+		{line: 16, name: "a block of the other family is everyone here", input: otherFamily(func(_ *ruleOf, other []npPeer) bool {
 			return len(other) > 0
 		})},
 	}
@@ -283,8 +295,8 @@ func otherFamily(everyone func(r *ruleOf, other []npPeer) bool) func(*policy.Inp
 	}
 }
 
-// portMutations breaks ports and protocols.
-func portMutations() []mutation {
+// portNumbers breaks ports and protocols.
+func portNumbers() []mutation {
 	tcp, udp, sctp := corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP
 	all := []*corev1.Protocol{&tcp, &udp, &sctp}
 	same := func(p npPort) []npPort { return []npPort{p} }
@@ -365,10 +377,16 @@ func portMutations() []mutation {
 			}
 			return list
 		})},
+	}
+}
+
+// namedPorts breaks the looking up of ports by name.
+func namedPorts() []mutation {
+	return []mutation{
 		{line: 8, name: "a named port is found by its name, whatever its protocol", input: eachPod(func(p *object.Pod) {
 			for _, port := range slices.Clone(p.Ports) {
-				for _, protocol := range all {
-					p.Ports = append(p.Ports, object.Port{Name: port.Name, Protocol: *protocol, Number: port.Number})
+				for _, protocol := range []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP} {
+					p.Ports = append(p.Ports, object.Port{Name: port.Name, Protocol: protocol, Number: port.Number})
 				}
 			}
 		})},
@@ -438,7 +456,8 @@ func ends() []mutation {
 		return func(r rule.Rule) bool { return r.Action == rule.Jump{Chain: chain} }
 	}
 	return []mutation{
-		{line: 10, name: "ingress alone counts", kernel: true, state: eachChain(compile.ChainForward, withoutRules(jumpsTo(compile.ChainFrom)))},
+		{line: 10, name: "ingress alone counts", kernel: true,
+			state: eachChain(compile.ChainForward, withoutRules(jumpsTo(compile.ChainFrom)))},
 		{line: 10, name: "egress alone counts", state: eachChain(compile.ChainForward, withoutRules(jumpsTo(compile.ChainTo)))},
 		{line: 10, name: "what egress admits is not asked for ingress", state: eachChain("PST-E-", func(_ *rule.State, c *rule.Chain) {
 			for i, r := range c.Rules {
@@ -483,7 +502,9 @@ func flows() []mutation {
 			return has(r, tracked(stateEstablished))
 		}))},
 		{line: 9, name: "TCP in the middle of no known flow is judged as a first packet", kernel: true,
-			state: eachChain(compile.ChainForward, withoutRules(func(r rule.Rule) bool { return has(r, func(m rule.Syn) bool { return m.Not }) }))},
+			state: eachChain(compile.ChainForward, withoutRules(func(r rule.Rule) bool {
+				return has(r, func(m rule.Syn) bool { return m.Not })
+			}))},
 	}
 }
 

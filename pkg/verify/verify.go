@@ -20,6 +20,13 @@ type options struct {
 	seed                          uint64
 	backends                      []iptables.Backend
 	mutants                       bool
+	// broken is a mutation to prove something else under: that the proof fails.
+	broken *mutation
+}
+
+// judge asks a cluster's judges.
+func (o options) judge(w *World, n uint64) *judges {
+	return judge(w, o.broken, throw(o.seed, n, forMutants))
 }
 
 // Exit statuses.
@@ -59,9 +66,17 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	flags.IntVar(&o.walks, "walks", 0, "`how many` random walks of events through the engine")
 	flags.Uint64Var(&o.seed, "seed", 1, "where chance begins: the same `number` makes the same worlds")
 	flags.BoolVar(&o.mutants, "mutants", false, "break one line of the semantics at a time, and see that it is found")
+	broken := flags.String("break", "", "break the rules by a `mutation` that -mutants names: then the proof must fail")
 	backend := flags.String("backend", "both", "iptables `backend` of the kernel's part: nft, legacy or both")
 	if err := flags.Parse(args); err != nil {
 		return o, err
+	}
+	if *broken != "" {
+		if o.broken = mutationNamed(*broken); o.broken == nil {
+			err := fmt.Errorf("-break %q: no such mutation; -mutants lists them", *broken)
+			fmt.Fprintln(stderr, err)
+			return o, err
+		}
 	}
 	switch *backend {
 	case "both":
@@ -106,8 +121,14 @@ type part struct {
 	found           string // a difference, as a file; empty for none
 }
 
-// enough is the number of packets from which on every kind must have occurred.
-const enough = 100000
+// From these numbers of packets on, every kind must have occurred.
+const (
+	enough       = 100000
+	enoughKernel = 400
+)
+
+// inKernel are kinds that must come out both ways in the kernel.
+var inKernel = []string{"IPv4", "IPv6", "tcp", "udp", "sctp", "icmp", "ipv6-icmp", "isolated", "peer: address of nobody"}
 
 func verifyAll(o options, p *printer) (bool, error) {
 	rules := checkRules(o, p)
@@ -135,9 +156,9 @@ func verifyAll(o options, p *printer) (bool, error) {
 			p.line("\n%s", part.found)
 		}
 	}
-	missing := rules.kinds.missing()
-	if o.packets >= enough && differences == 0 && len(missing) > 0 {
-		return false, fmt.Errorf("kinds of packets that did not occur: %s", strings.Join(missing, "; "))
+	if missing := lacking(o, rules, kernel); differences == 0 && len(missing) > 0 {
+		return false, fmt.Errorf("these kinds of packets did not occur, so that agreement says nothing of them: %s",
+			strings.Join(missing, "; "))
 	}
 	p.line("checked %d packets in %d clusters: %d divergences", packets, worlds, differences)
 	return differences == 0, nil
@@ -147,6 +168,21 @@ const (
 	packetsOfAWorld       = 40
 	kernelPacketsOfAWorld = 20
 )
+
+// lacking lists the kinds that should have occurred among so many packets and did not.
+func lacking(o options, rules part, kernel []part) (list []string) {
+	if o.packets >= enough {
+		list = rules.kinds.missing()
+	}
+	for i, k := range kernel {
+		for _, kind := range inKernel {
+			if n := k.kinds[kind]; o.kernelPackets >= enoughKernel && (n.passed == 0 || n.dropped == 0) {
+				list = append(list, fmt.Sprintf("kernel, %s: %s", o.backends[i], kind))
+			}
+		}
+	}
+	return list
+}
 
 // checkRules asks rules, model and words, on every CPU.
 func checkRules(o options, p *printer) part {
@@ -164,7 +200,7 @@ func checkRules(o options, p *printer) part {
 				if n >= worlds {
 					break
 				}
-				if own.askRules(o.seed, n); own.found != "" {
+				if own.askRules(o, n); own.found != "" {
 					stop.Store(true)
 				}
 				p.progress("rules: cluster %d of %d", n, worlds)
@@ -187,20 +223,20 @@ func (a *part) add(b part) {
 }
 
 // askRules asks about one world's packets, until rules or model differ from the words.
-func (a *part) askRules(seed, n uint64) {
-	w, d := newWorld(seed, n), throw(seed, n, forPackets)
-	j := judge(w, nil, d)
+func (a *part) askRules(o options, n uint64) {
+	w, d := newWorld(o.seed, n), throw(o.seed, n, forPackets)
+	j := o.judge(w, n)
 	a.worlds++
 	for range packetsOfAWorld {
 		p := w.packet(d)
 		a.packets++
 		words := j.words(p)
 		a.kinds.take(j, p, words)
-		if text := j.differs(p, words); text != "" {
-			w = shrink(w, func(less *World) bool { j := judge(less, nil, d); return j.differs(p, j.words(p)) != "" })
-			j = judge(w, nil, d)
+		if j.differs(p, words) != "" {
+			w = shrink(w, func(less *World) bool { j := o.judge(less, n); return j.differs(p, j.words(p)) != "" })
+			j = o.judge(w, n)
 			words = j.words(p)
-			a.found = foundFile(seed, n, w, p, j.differs(p, words), words)
+			a.found = foundFile(o.seed, n, w, p, j.differs(p, words), words)
 			return
 		}
 	}
@@ -237,7 +273,7 @@ func (a *part) askKernel(o options, backend iptables.Backend, b *bench, p *print
 			return fmt.Errorf("cluster %d of SEED=%d: %w", n, o.seed, err)
 		}
 		d := throw(o.seed, n, forKernel)
-		j := judge(w, nil, d)
+		j := o.judge(w, n)
 		var packets []Packet
 		for range kernelPacketsOfAWorld {
 			packets = append(packets, w.kernelPacket(d))
@@ -248,7 +284,7 @@ func (a *part) askKernel(o options, backend iptables.Backend, b *bench, p *print
 		}
 		a.packets, a.worlds = a.packets+asked, a.worlds+1
 		if found != nil {
-			a.found = b.shrunk(o.seed, n, w, found, fmt.Sprintf("iptables-%s", backend))
+			a.found = b.shrunk(o, n, w, found, fmt.Sprintf("iptables-%s", backend))
 		}
 		p.progress("kernel, %s: %d of %d packets", backend, a.worlds*kernelPacketsOfAWorld, o.kernelPackets)
 	}
@@ -256,9 +292,9 @@ func (a *part) askKernel(o options, backend iptables.Backend, b *bench, p *print
 }
 
 // shrunk cuts a world down to what makes the kernel differ.
-func (b *bench) shrunk(seed, n uint64, w *World, found *difference, who string) string {
+func (b *bench) shrunk(o options, n uint64, w *World, found *difference, who string) string {
 	ask := func(w *World) *difference {
-		again, _, err := b.compare(judge(w, nil, dice{}), []Packet{found.packet}, census{})
+		again, _, err := b.compare(o.judge(w, n), []Packet{found.packet}, census{})
 		if err != nil {
 			return nil
 		}
@@ -268,7 +304,7 @@ func (b *bench) shrunk(seed, n uint64, w *World, found *difference, who string) 
 	if last := ask(w); last != nil {
 		found = last
 	}
-	return foundFile(seed, n, w, found.packet, who+": "+found.text, judge(w, nil, dice{}).words(found.packet))
+	return foundFile(o.seed, n, w, found.packet, who+": "+found.text, o.judge(w, n).words(found.packet))
 }
 
 // throughManifests writes a world as manifests and reads it again, which must change nothing: so the kernel's part begins with

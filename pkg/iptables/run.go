@@ -2,9 +2,11 @@ package iptables
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"regexp"
@@ -50,6 +52,8 @@ type Tables struct {
 	Wait    time.Duration // for the lock; DefaultWait if 0
 	// Inherit are files that the child keeps open: locks that must not be free before it has ended.
 	Inherit []*os.File
+	// Watcher is told what of the changes it sees is ours; nil for none.
+	Watcher *Watcher
 
 	restore, save string
 }
@@ -91,7 +95,9 @@ func (t *Tables) Restore(ctx context.Context, text string) error {
 		}
 		args = append(args, "-w", strconv.Itoa(max(1, int(wait/time.Second))))
 	}
-	_, err := t.run(ctx, t.restore, strings.NewReader(text), args...)
+	write := t.Watcher.begin(t, text)
+	_, err := t.run(ctx, t.restore, &input{text, write.started}, args...)
+	write.ended(err == nil)
 	if err != nil {
 		return fmt.Errorf("%s: %w", t.restore, refine(err, text))
 	}
@@ -120,23 +126,47 @@ type commandError struct {
 func (e *commandError) Error() string { return fmt.Sprintf("%v: %s", e.err, e.stderr) }
 func (e *commandError) Unwrap() error { return e.err }
 
+// input is what a program reads; started is called with its process number before it can read any of that.
+type input struct {
+	text    string
+	started func(pid int)
+}
+
 // run runs a program that dies with this one. The kernel sends Pdeathsig when the thread that forked ends, so the
 // goroutine keeps its thread until the program has ended.
-func (t *Tables) run(ctx context.Context, path string, stdin *strings.Reader, args ...string) (string, error) {
+func (t *Tables) run(ctx context.Context, path string, stdin *input, args ...string) (string, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd := exec.CommandContext(ctx, path, args...)
-	if stdin != nil {
-		cmd.Stdin = stdin
-	}
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	cmd.ExtraFiles = t.Inherit
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Run(); err != nil {
+	if err := feed(cmd, stdin); err != nil {
 		return "", &commandError{cmd.ProcessState.ExitCode(), strings.TrimSpace(stderr.String()), err}
 	}
 	return stdout.String(), nil
+}
+
+// feed runs a command as its Run does, but calls stdin.started between the start and the first byte.
+func feed(cmd *exec.Cmd, stdin *input) error {
+	if stdin == nil {
+		return cmd.Run()
+	}
+	pipe, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	stdin.started(cmd.Process.Pid)
+	_, err = io.WriteString(pipe, stdin.text)
+	if errors.Is(err, syscall.EPIPE) {
+		err = nil // it ended before it had read all, and says why itself
+	}
+	err = cmp.Or(err, pipe.Close())
+	return cmp.Or(cmd.Wait(), err)
 }
 
 var (

@@ -1,8 +1,11 @@
-// Package ipset keeps sets in the kernel through netlink (NFNL_SUBSYS_IPSET), over one socket: one add costs some 20 µs.
+// Package ipset keeps sets in the kernel through netlink (NFNL_SUBSYS_IPSET), over sockets that stay open: one add costs some 20 µs.
 //
 // Three facts of the kernel shape it. A prefix of length 0 is stored as a host address without a word, so it is refused here
 // (write two halves). The default limit of 65,536 entries is never grown by the kernel, so each set is created with room for
 // twice its content. A set in use can be swapped with another one of the same type and family, but not destroyed.
+//
+// Changes of sets are announced nowhere. That somebody else emptied one shows in the number of its entries, which costs little to
+// ask for ([Sets.Counts]).
 package ipset
 
 import (
@@ -32,19 +35,30 @@ var (
 const MinRoom = 65536
 
 // Sets is a handle on the kernel's sets in the network namespace in which it was opened. It is not safe for concurrent use.
-type Sets struct{ h *netlink.Handle }
+type Sets struct {
+	h   *netlink.Handle
+	raw *nl.SocketHandle // for requests that the library does not know
+}
 
-// Open opens the netlink socket.
+// Open opens the netlink sockets.
 func Open() (*Sets, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink for ipset: %w", err)
 	}
-	return &Sets{h}, nil
+	raw, err := nl.Subscribe(unix.NETLINK_NETFILTER)
+	if err != nil {
+		h.Close()
+		return nil, fmt.Errorf("open netlink for ipset: %w", err)
+	}
+	return &Sets{h, &nl.SocketHandle{Socket: raw}}, nil
 }
 
-// Close closes the socket.
-func (s *Sets) Close() { s.h.Close() }
+// Close closes the sockets.
+func (s *Sets) Close() {
+	s.h.Close()
+	s.raw.Close()
+}
 
 // Create makes an empty set with room for twice a number of entries, and [MinRoom] at least.
 func (s *Sets) Create(set rule.Set, entries int) error {

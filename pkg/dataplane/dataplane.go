@@ -170,8 +170,15 @@ type Difference struct {
 	Missing []rule.Entry
 }
 
-// Refresh reads the kernel and returns what differs from what is wanted and was not known to differ; the next Apply repairs it.
-func (p *Plane) Refresh(ctx context.Context) (found []Difference, err error) {
+// Part is one table of one family, or, without a table, the family's sets.
+type Part struct {
+	Family rule.Family
+	Table  rule.Table
+}
+
+// Refresh reads parts of the kernel, all without any named, and returns what differs from what is wanted and was not known to
+// differ; the next Apply repairs it. Parts of another scope's tables alone are passed over.
+func (p *Plane) Refresh(ctx context.Context, parts ...Part) (found []Difference, err error) {
 	if err := p.open(); err != nil {
 		return nil, err
 	}
@@ -179,7 +186,7 @@ func (p *Plane) Refresh(ctx context.Context) (found []Difference, err error) {
 	for _, v := range rule.Families {
 		f := p.family[v]
 		known := f.read
-		differences, err := p.readFamily(ctx, f)
+		differences, err := p.readFamily(ctx, f, parts)
 		if err != nil {
 			errs = append(errs, err)
 		} else if known {
@@ -190,12 +197,16 @@ func (p *Plane) Refresh(ctx context.Context) (found []Difference, err error) {
 	return found, errors.Join(errs...)
 }
 
-// readFamily finds out what the kernel does not hold as wanted.
-func (p *Plane) readFamily(ctx context.Context, f *family) (found []Difference, err error) {
-	f.read = false
-	known := f.todo
-	f.todo = newTodo()
+// readFamily finds out what the kernel does not hold as wanted, in some parts if the others are known.
+func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part) (found []Difference, err error) {
+	known, all := f.todo, !f.read || len(parts) == 0
+	asked := func(t rule.Table) bool { return all || slices.Contains(parts, Part{f.tables.Family, t}) }
+	f.read, f.todo = false, newTodo()
 	for _, table := range p.scope.Tables {
+		if !asked(table) {
+			f.todo.take(known, table)
+			continue
+		}
 		if err := p.fail("read"); err != nil {
 			return nil, err
 		}
@@ -205,15 +216,49 @@ func (p *Plane) readFamily(ctx context.Context, f *family) (found []Difference, 
 		}
 		found = append(found, f.compareTable(table, p.scope.within(a), known)...)
 	}
-	if p.scope.Sets {
+	switch {
+	case !p.scope.Sets:
+	case asked(""):
 		list, err := p.sets.List(rule.SetPrefix)
 		if err != nil {
 			return nil, err
 		}
 		found = append(found, f.compareSets(list, known)...)
+	default:
+		f.todo.sets, f.todo.entries = known.sets, known.entries
 	}
 	f.read = true
 	return found, nil
+}
+
+// Glance compares the numbers of entries of the sets with those that are wanted, and returns the parts in which they differ. An
+// entry in the place of another does not show.
+func (p *Plane) Glance() (differ []Part, err error) {
+	if err := p.open(); err != nil {
+		return nil, err
+	}
+	counts, err := p.sets.Counts(rule.SetPrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, v := range rule.Families {
+		f := p.family[v]
+		for name, s := range f.sets {
+			n, there := counts[name]
+			if todo := f.todo.sets[name] || len(f.todo.entries[name]) > 0; !todo && (!there || n != len(s.has)) {
+				differ = append(differ, Part{Family: v})
+				break
+			}
+		}
+	}
+	return differ, nil
+}
+
+// Watched has a watcher told of what is written here.
+func (p *Plane) Watched(by *iptables.Watcher) {
+	for _, f := range p.family {
+		f.tables.Watcher = by
+	}
 }
 
 func (p *Plane) fail(step string) error {
@@ -277,7 +322,7 @@ func WriteRules(ctx context.Context, t *iptables.Tables, scope Scope, want *rule
 	p := &Plane{scope: scope}
 	w := newWork(ctx, p, newFamily(t), &Result{})
 	w.f.replace(want)
-	if _, err := p.readFamily(ctx, w.f); err != nil {
+	if _, err := p.readFamily(ctx, w.f, nil); err != nil {
 		return err
 	}
 	return errors.Join(append(w.refused, w.writeRules())...)

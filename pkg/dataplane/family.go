@@ -55,6 +55,14 @@ func (t *todo) entry(set string, e rule.Entry) {
 	t.entries[set][e] = true
 }
 
+// take keeps what was to do in a table.
+func (t *todo) take(from *todo, table rule.Table) {
+	t.chains[table] = from.chains[table]
+	if hooks, wrong := from.hooks[table]; wrong {
+		t.hooks[table] = hooks
+	}
+}
+
 func newFamily(t *iptables.Tables) *family {
 	f := &family{tables: t}
 	f.replace(&rule.State{})

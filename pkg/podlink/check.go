@@ -31,30 +31,15 @@ func checkHost(l Link) error {
 	if err != nil {
 		return fmt.Errorf("the node's end: %w", err)
 	}
-	errs := checkLink("the node's end", host, l.HostMAC, l.MTU)
+	var errs []error
 	if alias := host.Attrs().Alias; alias != l.Key().String() {
 		errs = append(errs, fmt.Errorf("the node's end belongs to %q", alias))
 	}
-	for _, a := range l.Addresses {
-		if !hasRoute(host.Attrs().Index, single(a)) {
-			errs = append(errs, fmt.Errorf("the node has no route to %s over the link", a))
-		}
+	faults, err := hostFaults(l, host)
+	for _, f := range faults {
+		errs = append(errs, errors.New(f.what))
 	}
-	return errors.Join(errs...)
-}
-
-func checkLink(end string, link netlink.Link, mac string, mtu int) (errs []error) {
-	a := link.Attrs()
-	if a.Flags&net.FlagUp == 0 {
-		errs = append(errs, fmt.Errorf("%s is down", end))
-	}
-	if a.HardwareAddr.String() != mac {
-		errs = append(errs, fmt.Errorf("%s has the MAC %s, not %s", end, a.HardwareAddr, mac))
-	}
-	if a.MTU != mtu {
-		errs = append(errs, fmt.Errorf("%s has the MTU %d, not %d", end, a.MTU, mtu))
-	}
-	return errs
+	return errors.Join(append(errs, err)...)
 }
 
 func checkPod(l Link) error {
@@ -63,7 +48,10 @@ func checkPod(l Link) error {
 		return fmt.Errorf("the pod's end: %w", err)
 	}
 	// Plugins that follow in the list (tuning) may give the pod's end another MAC or MTU: those are theirs.
-	errs := checkLink("the pod's end", link, link.Attrs().HardwareAddr.String(), link.Attrs().MTU)
+	var errs []error
+	if link.Attrs().Flags&net.FlagUp == 0 {
+		errs = append(errs, errors.New("the pod's end is down"))
+	}
 	addrs, err := netlink.AddrList(link, unix.AF_UNSPEC)
 	if err != nil {
 		return fmt.Errorf("list the pod's addresses: %w", err)

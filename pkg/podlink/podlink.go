@@ -62,7 +62,7 @@ func create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := hostSysctls(l); err != nil {
+	if err := set(hostSettings(l)...); err != nil {
 		return nil, err
 	}
 	if err := hostEnd(l, host); err != nil {
@@ -153,39 +153,61 @@ func hostEnd(l Link, host netlink.Link) error {
 	if err := netlink.LinkSetUp(host); err != nil {
 		return fmt.Errorf("set the node's end up: %w", err)
 	}
-	for _, a := range l.Addresses {
-		if a.Is6() {
-			gateway := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(Gateway6, 64)), Flags: unix.IFA_F_NODAD}
-			if err := netlink.AddrAdd(host, gateway); err != nil && !errors.Is(err, unix.EEXIST) {
-				return fmt.Errorf("add %s to the node's end: %w", Gateway6, err)
-			}
-			break
-		}
+	if has6(l) {
+		return hostGateway(host)
+	}
+	return nil
+}
+
+func hostGateway(host netlink.Link) error {
+	gateway := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(Gateway6, 64)), Flags: unix.IFA_F_NODAD}
+	if err := netlink.AddrAdd(host, gateway); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add %s to the node's end: %w", Gateway6, err)
 	}
 	return nil
 }
 
 // hostRoutes leads the pod's addresses to the link.
 func hostRoutes(l Link, host netlink.Link) error {
+	for _, a := range l.Addresses {
+		if err := hostNeighbour(l, host, a); err != nil {
+			return err
+		}
+		if err := hostRoute(host, a, nodeAddressOf(l, a)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func hostNeighbour(l Link, host netlink.Link, a netip.Addr) error {
 	mac, err := net.ParseMAC(l.PodMAC)
 	if err != nil {
 		return err
 	}
-	for _, a := range l.Addresses {
-		if err := netlink.NeighSet(neighbour(host, a, mac)); err != nil {
-			return fmt.Errorf("set the neighbour %s: %w", a, err)
-		}
-		route := &netlink.Route{LinkIndex: host.Attrs().Index, Dst: ipNet(single(a)), Scope: netlink.SCOPE_LINK}
-		for _, node := range l.NodeAddresses {
-			if node.Is4() == a.Is4() {
-				route.Src = node.AsSlice()
-			}
-		}
-		if err := netlink.RouteReplace(route); err != nil {
-			return fmt.Errorf("set the route to %s: %w", a, err)
-		}
+	if err := netlink.NeighSet(neighbour(host, a, mac)); err != nil {
+		return fmt.Errorf("set the neighbour %s: %w", a, err)
 	}
 	return nil
+}
+
+// hostRoute leads an address to the link, with the node's address as source unless it is invalid.
+func hostRoute(host netlink.Link, a, source netip.Addr) error {
+	route := &netlink.Route{LinkIndex: host.Attrs().Index, Dst: ipNet(single(a)), Scope: netlink.SCOPE_LINK, Src: source.AsSlice()}
+	if err := netlink.RouteReplace(route); err != nil {
+		return fmt.Errorf("set the route to %s: %w", a, err)
+	}
+	return nil
+}
+
+// nodeAddressOf is the node's own address in the family of a pod's; invalid where it has none.
+func nodeAddressOf(l Link, a netip.Addr) netip.Addr {
+	for _, node := range l.NodeAddresses {
+		if node.Is4() == a.Is4() {
+			return node
+		}
+	}
+	return netip.Addr{}
 }
 
 // podEnd runs in the pod's namespace.

@@ -12,17 +12,23 @@ import (
 // namespace of the thread that opens it.
 type setting struct{ path, value string }
 
+func (s setting) String() string { return "sysctl net." + strings.ReplaceAll(s.path, "/", ".") }
+
+func (s setting) read() (string, error) {
+	now, err := os.ReadFile("/proc/sys/net/" + s.path)
+	return strings.TrimSpace(string(now)), err
+}
+
 // set writes what is not so already: in a container /proc/sys may be read-only and right.
 func set(settings ...setting) error {
 	var errs []error
 	for _, s := range settings {
-		file := "/proc/sys/net/" + s.path
-		now, err := os.ReadFile(file)
-		if err == nil && strings.TrimSpace(string(now)) != s.value {
-			err = os.WriteFile(file, []byte(s.value), 0)
+		now, err := s.read()
+		if err == nil && now != s.value {
+			err = os.WriteFile("/proc/sys/net/"+s.path, []byte(s.value), 0)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("set sysctl net.%s to %s: %w", strings.ReplaceAll(s.path, "/", "."), s.value, err))
+			errs = append(errs, fmt.Errorf("set %s to %s: %w", s, s.value, err))
 		}
 	}
 	return errors.Join(errs...)
@@ -37,18 +43,19 @@ func has6(l Link) bool {
 	return false
 }
 
-// hostSysctls makes the node's end trust nothing that a pod sends; the link is still down.
-func hostSysctls(l Link) error {
+// hostSettings make the node's end trust nothing that a pod sends; they come before the link is up.
+func hostSettings(l Link) []setting {
 	v4, v6 := "ipv4/conf/"+l.HostInterface+"/", "ipv6/conf/"+l.HostInterface+"/"
-	err := set(setting{v4 + "rp_filter", "1"}, setting{v4 + "accept_redirects", "0"}, setting{v4 + "send_redirects", "0"})
+	settings := []setting{{v4 + "rp_filter", "1"}, {v4 + "accept_redirects", "0"}, {v4 + "send_redirects", "0"}}
 	if without6() {
-		return err
+		return settings
 	}
-	six := []setting{{v6 + "accept_ra", "0"}, {v6 + "accept_redirects", "0"}, {v6 + "accept_dad", "0"}, {v6 + "addr_gen_mode", "1"}}
+	settings = append(settings, setting{v6 + "accept_ra", "0"}, setting{v6 + "accept_redirects", "0"},
+		setting{v6 + "accept_dad", "0"}, setting{v6 + "addr_gen_mode", "1"})
 	if has6(l) {
-		six = append(six, setting{v6 + "disable_ipv6", "0"})
+		settings = append(settings, setting{v6 + "disable_ipv6", "0"})
 	}
-	return errors.Join(err, set(six...))
+	return settings
 }
 
 // podSysctls spare the pod the delay of duplicate-address detection, on an address that nobody else can have, and advice
@@ -71,18 +78,23 @@ func without6() bool {
 	return errors.Is(err, fs.ErrNotExist)
 }
 
+// Without these a node does not route, in either family.
+var (
+	forwarding4 = setting{"ipv4/ip_forward", "1"}
+	forwarding6 = setting{"ipv6/conf/all/forwarding", "1"}
+)
+
 // forwarding lets the node route, in the families that the pod has. Forwarding makes an interface with accept_ra=1 deaf to
 // router advertisements (Documentation/networking/ip-sysctl), so the uplink, if it listens to them, is told to go on first.
 func forwarding(l Link) error {
 	for _, a := range l.Addresses {
 		if a.Is4() {
-			if err := set(setting{"ipv4/ip_forward", "1"}); err != nil {
+			if err := set(forwarding4); err != nil {
 				return err
 			}
 			continue
 		}
-		const all = "ipv6/conf/all/forwarding"
-		if now, err := os.ReadFile("/proc/sys/net/" + all); err == nil && strings.TrimSpace(string(now)) == "1" {
+		if now, err := forwarding6.read(); err == nil && now == forwarding6.value {
 			continue
 		}
 		uplink, err := Uplink(l.NodeAddresses, a.Is4())
@@ -90,14 +102,14 @@ func forwarding(l Link) error {
 			return err
 		}
 		if uplink != nil {
-			name := "ipv6/conf/" + uplink.Attrs().Name + "/accept_ra"
-			if now, err := os.ReadFile("/proc/sys/net/" + name); err == nil && strings.TrimSpace(string(now)) == "1" {
-				if err := set(setting{name, "2"}); err != nil {
+			listen := setting{"ipv6/conf/" + uplink.Attrs().Name + "/accept_ra", "2"}
+			if now, err := listen.read(); err == nil && now == "1" {
+				if err := set(listen); err != nil {
 					return err
 				}
 			}
 		}
-		if err := set(setting{all, "1"}); err != nil {
+		if err := set(forwarding6); err != nil {
 			return err
 		}
 	}

@@ -232,7 +232,7 @@ func TestHostPort6NoMappingNoIPTablesAndFlushedRulesComeBack(t *testing.T) {
 
 		web := &testnode.Pod{Namespace: "default", Name: "web", UID: "uid-web", Ports: ports("8080:80/tcp")}
 		n.Write(t, "pod.yaml", web.Manifest(nil))
-		n.Policyd(t, "--repair-interval", "200ms")
+		n.Policyd(t)
 		serve(t, n.Attach(t, web))
 		for _, tool := range []string{"iptables-", "ip6tables-"} {
 			n.NS.Run(t, tool+backend, "-t", "nat", "-F")

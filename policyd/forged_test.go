@@ -27,7 +27,7 @@ func hostileNode(t *testing.T, backend string) (n *testnode.Node, a, b *testnode
 	a = &testnode.Pod{Namespace: "default", Name: "a", UID: "uid-a"}
 	b = &testnode.Pod{Namespace: "default", Name: "b", UID: "uid-b"}
 	n.Write(t, "pods.yaml", a.Manifest(nil)+b.Manifest(nil))
-	n.Policyd(t, "--repair-interval", "1h")
+	n.Policyd(t)
 	return n, n.Attach(t, a), n.Attach(t, b)
 }
 
@@ -208,6 +208,7 @@ func TestAPodDoesNotReachTheNodesLoopback(t *testing.T) {
 		if err := nettest.Dial(a.NS, "tcp", from, service, blockedWait); !nettest.Blocked(err) {
 			t.Errorf("the pod to 127.0.0.1 of the node: %v, want silence", err)
 		}
+		n.StopPolicyd(t) // or it would put the rules back
 		n.NS.Run(t, "iptables-"+backend, "-t", "raw", "-F", "PREROUTING")
 		if err := nettest.Dial(a.NS, "tcp", from, service, 5*time.Second); err != nil {
 			t.Errorf("without the rules the same packet does not get through, so the test proves nothing: %v", err)
@@ -221,7 +222,7 @@ func TestFlushedSetsLetNothingThrough(t *testing.T) {
 		open := &testnode.Pod{Namespace: "default", Name: "open", UID: "uid-open"}
 		guarded := &testnode.Pod{Namespace: "guarded", Name: "guarded", UID: "uid-guarded"}
 		n.Write(t, "all.yaml", open.Manifest(nil)+guarded.Manifest(nil)+allowEverything)
-		n.Policyd(t, "--repair-interval", "1h")
+		n.Policyd(t)
 		n.Attach(t, open)
 		n.Attach(t, guarded)
 
@@ -249,6 +250,7 @@ func TestFlushedSetsLetNothingThrough(t *testing.T) {
 		if sets := n.NS.Run(t, "ipset", "list", "-n"); !strings.Contains(sets, "pst-") {
 			t.Fatalf("no sets of ours: %s", sets)
 		}
+		n.StopPolicyd(t) // or it would fill them again
 		n.NS.Run(t, "ipset", "flush")
 		for _, w := range ways {
 			if err := nettest.Dial(w.from, "tcp", netip.AddrPort{}, w.at, blockedWait); !nettest.Blocked(err) {

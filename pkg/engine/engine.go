@@ -54,6 +54,13 @@ type Config struct {
 const (
 	heartbeat    = 2 * time.Second
 	collectEvery = 30 * time.Second
+	// glanceEvery is how often the entries of our sets are counted.
+	glanceEvery = 500 * time.Millisecond
+	// lookPause and portPause are how long after a look for damage the next one is, at least.
+	lookPause = 100 * time.Millisecond
+	portPause = 300 * time.Millisecond
+	// portDelay keeps policyd out of the way of the plugin, whose own work on hostPort's rules is noticed too.
+	portDelay = 150 * time.Millisecond
 	// judgeAgain is how long after a change flows are judged a second time, for packets that were on their way.
 	judgeAgain = 100 * time.Millisecond
 	// applyLimit is how long one pass may write.
@@ -154,7 +161,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		}
 	})
 	wg.Go(func() { e.collect(ctx) })
-	e.loop(ctx, watcher)
+	e.loop(ctx, watcher, e.watch(ctx, &wg))
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -162,48 +169,86 @@ func (e *Engine) Run(ctx context.Context) error {
 }
 
 // loop waits for a reason to look, and looks.
-func (e *Engine) loop(ctx context.Context, watcher *fsnotify.Watcher) {
-	beat := time.NewTicker(heartbeat)
+func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others watchers) {
+	beat, glance, compare := time.NewTicker(heartbeat), time.NewTicker(glanceEvery), time.NewTicker(e.RepairInterval)
 	defer beat.Stop()
-	repair := time.NewTicker(e.RepairInterval)
-	defer repair.Stop()
+	defer glance.Stop()
+	defer compare.Stop()
 	var again, retry <-chan time.Time
+	var found damage
+	looks, portLooks := pacer{pause: lookPause}, pacer{pause: portPause, delay: portDelay}
 	e.pulse()
 	for {
-		pass, check := true, false
+		pass := false
 		select {
 		case <-ctx.Done():
 			return
 		case <-e.Source.Changes():
+			pass = true
 		case <-e.wake:
-		case event := <-watcher.Events:
+			pass = true
+		case event := <-records.Events:
 			pass = e.recordEvent(event)
-		case <-watcher.Errors:
-			e.relist = true
+		case <-records.Errors:
+			e.relist, pass = true, true
 		case <-beat.C:
 			e.pulse()
 			pass = e.first && e.Source.Synced()
-		case <-repair.C:
-			check = true
+		case notices := <-others.tableChanges():
+			found.tables(notices)
+		case links := <-others.linkChanges():
+			found.linksOf(links)
+		case <-glance.C:
+			e.glance(&found)
+		case <-compare.C:
+			found = damage{everything: true, ports: true}
+		case <-looks.due:
+			looks.done()
+			e.repair(ctx, found)
+			found, pass = damage{ports: found.ports}, true
+		case <-portLooks.due:
+			portLooks.done()
+			found.ports = false
+			if err := e.repairPorts(ctx); err != nil {
+				e.fail("hostports", "cannot repair hostPort rules", err)
+			}
 		case <-again:
-			again, pass = nil, false
+			again = nil
 			_ = e.judge(e.again) // it has reported its error
 			e.again, e.next = e.next, suspects{}
 		case <-retry:
-			retry = nil
+			retry, pass = nil, true
 		}
-		e.drain(watcher)
-		if check {
-			pass = e.repair(ctx)
-		}
+		e.drain(records)
 		if pass {
 			retry = e.backoff(e.pass(ctx))
+		}
+		if found.everything || len(found.parts)+len(found.links) > 0 {
+			looks.ask()
+		}
+		if found.ports {
+			portLooks.ask()
 		}
 		if again == nil && e.again.some() {
 			again = time.After(judgeAgain)
 		}
 	}
 }
+
+// pacer lets something be done after a delay, and then with pauses.
+type pacer struct {
+	pause, delay time.Duration
+	last         time.Time
+	due          <-chan time.Time // nil: nobody has asked
+}
+
+func (p *pacer) ask() {
+	if p.due == nil {
+		p.due = time.After(max(p.delay, time.Until(p.last.Add(p.pause))))
+	}
+}
+
+func (p *pacer) done() { p.last, p.due = time.Now(), nil }
 
 // drain takes in the record events that are there already, for one pass to handle together.
 func (e *Engine) drain(watcher *fsnotify.Watcher) {

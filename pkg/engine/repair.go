@@ -5,41 +5,159 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/postern-cni/postern/pkg/attach"
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/dataplane"
 	"github.com/postern-cni/postern/pkg/hostport"
+	"github.com/postern-cni/postern/pkg/iptables"
 	"github.com/postern-cni/postern/pkg/podlink"
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
-// repair compares the kernel with what was written, and reports whether a pass is needed to put it right. Records are read
-// afresh too. HostPort's rules it puts right itself.
-func (e *Engine) repair(ctx context.Context) bool {
-	e.relist = true
-	if e.first {
-		return true
-	}
-	if err := e.repairPorts(ctx); err != nil {
-		e.fail("hostports", "cannot repair hostPort rules", err)
-	}
-	found, err := e.plane.Refresh(ctx)
-	if err != nil {
-		e.fail("read", "cannot read our rules and sets", err)
-	}
-	var what []string
-	for _, d := range found {
-		if d.Set == "" || !e.detaching(d) {
-			what = append(what, d.What)
+// damage is where somebody else may have changed our part of the kernel.
+type damage struct {
+	everything bool
+	parts      map[dataplane.Part]bool
+	links      map[string]bool
+	ports      bool
+}
+
+// watchers notice what others change, as far as the kernel tells.
+type watchers struct {
+	tables *iptables.Watcher
+	links  *podlink.Watcher
+}
+
+// watch begins to watch. Where that is not possible, the comparison of every [Config.RepairInterval] finds what others did.
+func (e *Engine) watch(ctx context.Context, wg *sync.WaitGroup) (w watchers) {
+	failed := func(err error) {
+		if err != nil && ctx.Err() == nil {
+			e.fail("watch", "what others change is found by comparison alone, every "+e.RepairInterval.String(), err)
 		}
 	}
-	e.repaired("policies", what)
-	if len(what) > 0 {
-		e.suspects.due, e.suspects.all = true, true
+	var err error
+	if w.tables, err = iptables.NewWatcher(e.Backend); err == nil {
+		e.plane.Watched(w.tables)
+		e.ports.Watched(w.tables)
+		wg.Go(func() { defer w.tables.Close(); failed(w.tables.Run(ctx)) })
 	}
-	return true
+	failed(err)
+	if w.links, err = podlink.NewWatcher(); err == nil {
+		wg.Go(func() { defer w.links.Close(); failed(w.links.Run(ctx)) })
+	}
+	failed(err)
+	return w
+}
+
+func (w watchers) tableChanges() <-chan []iptables.Notice {
+	if w.tables == nil {
+		return nil
+	}
+	return w.tables.Changes()
+}
+
+func (w watchers) linkChanges() <-chan []string {
+	if w.links == nil {
+		return nil
+	}
+	return w.links.Changes()
+}
+
+// tables notes the tables in which others were at work.
+func (d *damage) tables(notices []iptables.Notice) {
+	if d.parts == nil {
+		d.parts = map[dataplane.Part]bool{}
+	}
+	for _, n := range notices {
+		d.parts[dataplane.Part{Family: n.Family, Table: n.Table}] = true
+		d.ports = d.ports || slices.Contains(dataplane.HostPorts.Tables, n.Table)
+	}
+}
+
+func (d *damage) linksOf(names []string) {
+	if d.links == nil {
+		d.links = map[string]bool{}
+	}
+	for _, name := range names {
+		d.links[name] = true
+	}
+}
+
+// glance has sets read whose numbers of entries are not right: nobody announces what is done to them.
+func (e *Engine) glance(d *damage) {
+	if e.first {
+		return
+	}
+	parts, err := e.plane.Glance()
+	if err != nil {
+		e.fail("read", "cannot count the entries of our sets", err)
+	}
+	for _, p := range parts {
+		d.tables([]iptables.Notice{{Family: p.Family, Table: p.Table}})
+	}
+}
+
+// repair looks where damage may be, and puts right what it finds; for policies, the next pass does that.
+func (e *Engine) repair(ctx context.Context, d damage) {
+	if e.first {
+		return // everything is about to be read
+	}
+	e.repairLinks(ctx, d)
+	e.glance(&d) // who flushes tables may have gone on to the sets
+	parts := slices.Collect(maps.Keys(d.parts))
+	if d.everything {
+		e.relist, parts = true, nil
+	}
+	if len(parts) > 0 || d.everything {
+		found, err := e.plane.Refresh(ctx, parts...)
+		if err != nil {
+			e.fail("read", "cannot read our rules and sets", err)
+		}
+		var what []string
+		for _, d := range found {
+			if d.Set == "" || !e.detaching(d) {
+				what = append(what, d.What)
+			}
+		}
+		e.repaired("policies", what)
+		if len(what) > 0 {
+			e.suspects.due, e.suspects.all = true, true
+		}
+	}
+}
+
+// repairLinks puts back what somebody took from the links of attached pods.
+func (e *Engine) repairLinks(ctx context.Context, d damage) {
+	for _, a := range e.attached() {
+		if !d.everything && !d.links[a.HostInterface] {
+			continue
+		}
+		found, err := e.restoreLink(a)
+		if err != nil && ctx.Err() == nil {
+			e.fail("link", "cannot repair the link of a pod", err)
+		}
+		e.repaired("links", found)
+	}
+}
+
+// restoreLink leaves a link alone at which the plugin is at work.
+func (e *Engine) restoreLink(a *attachment.Attachment) ([]string, error) {
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	lock, err := e.store.Lock(now, attachment.Interface(a.HostInterface))
+	if err != nil {
+		return nil, nil
+	}
+	defer lock.Release()
+	if a, err = e.store.Get(a.Key()); err != nil {
+		return nil, nil // its DEL was faster; what is wrong with a record, the reading of all says
+	}
+	return podlink.Restore(a)
 }
 
 // detaching reports whether all entries that a set lacks are those of pods that the plugin is taking away: it takes them out of

@@ -51,6 +51,7 @@ func (n *Node) StartProgram(t testing.TB, program string, args ...string) *Polic
 	if err := d.cmd.Start(); err != nil {
 		t.Fatalf("start policyd: %v", err)
 	}
+	n.daemon = d
 	go func() {
 		defer close(d.done)
 		_ = d.cmd.Wait() // how it ended is the test's business: see Stop and Log
@@ -62,6 +63,12 @@ func (n *Node) StartProgram(t testing.TB, program string, args ...string) *Polic
 		}
 	})
 	return d
+}
+
+// StopPolicyd ends the daemon that was started last; what it wrote stays in force, and nobody repairs it.
+func (n *Node) StopPolicyd(t testing.TB) {
+	t.Helper()
+	n.daemon.Stop(t, syscall.SIGTERM)
 }
 
 // Stop ends the daemon with a signal and waits until it is gone.

@@ -47,9 +47,10 @@ type Node struct {
 	Manifests string
 	BinDir    string // with the plugin as "postern"
 
-	opts Options
-	list *libcni.NetworkConfigList
-	cni  *libcni.CNIConfig
+	opts   Options
+	daemon *Policyd // the one that was started last
+	list   *libcni.NetworkConfigList
+	cni    *libcni.CNIConfig
 }
 
 // New makes a node with a link to an outside machine.

@@ -199,6 +199,8 @@ func wrap(verb, object string, err error) error {
 			return fmt.Errorf("ipset %s %s: %w (%v)", verb, object, ErrFull, err)
 		case nl.IPSET_ERR_BUSY, nl.IPSET_ERR_REFERENCED:
 			return fmt.Errorf("ipset %s %s: %w", verb, object, ErrInUse)
+		case nl.IPSET_ERR_EXIST_SETNAME2: // of a swap: there is no second one
+			return fmt.Errorf("ipset %s %s: %w", verb, object, ErrNotExist)
 		}
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, fs.ErrNotExist) {

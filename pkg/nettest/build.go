@@ -57,6 +57,9 @@ func Build(t testing.TB, pkg string) string {
 func BuildVersion(t testing.TB, pkg, version string) string {
 	t.Helper()
 	Need(t)
+	if os.Getenv(stateEnv) != ready() {
+		t.Fatalf("build %s: a fuzz worker cannot build: it has other pipes under the numbers of ours", pkg)
+	}
 	path, err := theCounter().place(order{Package: pkg, Version: version})
 	if err != nil {
 		t.Fatalf("build %s: %v", pkg, err)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -13,11 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stateEnv tells the test binary which of its lives it is in: unset in the one the user started; stateInside in a scratch
-// namespace; stateNone and a reason where the system allows none.
+// stateEnv tells the test binary which of its lives it is in: unset in the one the user started; stateInside in scratch
+// namespaces that are still bare; stateReady and the process's number once they are set up, which the workers of `go test
+// -fuzz` inherit; stateNone and a reason where the system allows none.
 const (
 	stateEnv    = "POSTERN_NETTEST"
 	stateInside = "inside"
+	stateReady  = "ready: "
 	stateNone   = "none: "
 )
 
@@ -32,8 +35,11 @@ type Runner interface {
 
 // Main runs the tests of m in scratch namespaces and exits with their status. Call it from TestMain, and nothing before it.
 func Main(m Runner) {
-	if os.Getenv(stateEnv) == stateInside {
+	switch state := os.Getenv(stateEnv); {
+	case state == stateInside:
 		os.Exit(inside(m))
+	case strings.HasPrefix(state, stateReady):
+		os.Exit(m.Run()) // a fuzz worker, in the namespaces of the process that started it
 	}
 	code, err := outside()
 	if err == nil {
@@ -53,7 +59,7 @@ func Need(t testing.TB) {
 	if reason, none := strings.CutPrefix(state, stateNone); none {
 		t.Skip("needs network namespaces: " + reason)
 	}
-	if state != stateInside {
+	if !strings.HasPrefix(state, stateReady) {
 		t.Fatal("nettest: TestMain does not call nettest.Main")
 	}
 }
@@ -123,8 +129,14 @@ func inside(m Runner) int {
 		fmt.Fprintf(os.Stderr, "nettest: set up the scratch namespaces: %v\n", err)
 		return 1
 	}
+	if err := os.Setenv(stateEnv, ready()); err != nil {
+		panic(err)
+	}
 	return m.Run()
 }
+
+// ready is the state of this process once its namespaces are set up.
+func ready() string { return stateReady + strconv.Itoa(os.Getpid()) }
 
 func mountProc() error {
 	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {

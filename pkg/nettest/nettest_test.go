@@ -36,7 +36,7 @@ func TestServersTellTheClientItsAddress(t *testing.T) {
 			"tcp": nettest.TCPServer(t, server, netip.MustParseAddrPort(at)),
 			"udp": nettest.UDPServer(t, server, netip.MustParseAddrPort(at)),
 		} {
-			seen, err := nettest.Peer(client, proto, netip.AddrPort{}, to, time.Second)
+			seen, err := nettest.Peer(client, proto, netip.AddrPort{}, to, 30*time.Second)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -50,7 +50,7 @@ func TestServersTellTheClientItsAddress(t *testing.T) {
 func TestBlockedTellsADropFromARefusal(t *testing.T) {
 	client, _ := pair(t)
 	to := netip.MustParseAddrPort("192.0.2.2:9")
-	if err := nettest.Dial(client, "tcp", netip.AddrPort{}, to, time.Second); err == nil || nettest.Blocked(err) {
+	if err := nettest.Dial(client, "tcp", netip.AddrPort{}, to, 30*time.Second); err == nil || nettest.Blocked(err) {
 		t.Errorf("a closed port: %v, want a refusal", err)
 	}
 	client.Run(t, "iptables-nft", "-A", "OUTPUT", "-p", "tcp", "-j", "DROP")

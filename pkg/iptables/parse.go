@@ -288,6 +288,12 @@ func protocol(name string) rule.Proto {
 // normal brings matches into one order and form, so that rules which mean the same compare as equal.
 func normal(matches []rule.Match) []rule.Match {
 	matches = slices.Clone(matches)
+	for i, m := range matches {
+		if both, ok := m.(rule.AddrType); ok && both.SrcType != "" && both.DstType != "" { // read back as two
+			matches[i] = rule.AddrType{SrcType: both.SrcType}
+			matches = append(matches, rule.AddrType{DstType: both.DstType})
+		}
+	}
 	slices.SortStableFunc(matches, func(a, b rule.Match) int { return strings.Compare(form(a), form(b)) })
 	return matches
 }

@@ -11,8 +11,6 @@ import (
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
-func TestMain(m *testing.M) { nettest.Main(m) }
-
 // address is the n-th of a family.
 func address(family rule.Family, n int) netip.Prefix {
 	b := [16]byte{0: 0xfd, 13: byte(n >> 16), 14: byte(n >> 8), 15: byte(n)}

@@ -17,7 +17,6 @@ import (
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/compile"
-	"github.com/postern-cni/postern/pkg/ipset"
 	"github.com/postern-cni/postern/pkg/iptables"
 	"github.com/postern-cni/postern/pkg/nettest"
 	"github.com/postern-cni/postern/pkg/object"
@@ -242,22 +241,10 @@ func FuzzPolicies(f *testing.F) {
 		}
 		m := policy.Resolve(policy.Input{Cluster: c, Local: locals})
 		ns.Do(t, func() {
-			sets, err := ipset.Open()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer sets.Close()
+			defer ipsetProgram(t, "", "destroy")
 			for _, family := range rule.Families {
 				state := compile.State(m, family)
-				for _, set := range state.Sets {
-					if err := sets.Create(set); err != nil {
-						t.Fatal(err)
-					}
-					defer sets.Destroy(set.Name) //nolint:errcheck // the namespace ends with the test
-					if err := sets.Add(set.Name, set.Entries...); err != nil {
-						t.Fatal(err)
-					}
-				}
+				setsOf(t, state)
 				text := rendered(t, state)
 				for _, p := range all {
 					if p.family == family {
@@ -267,6 +254,29 @@ func FuzzPolicies(f *testing.F) {
 			}
 		})
 	})
+}
+
+// setsOf makes a state's sets, for rules that name them.
+func setsOf(t *testing.T, s *rule.State) {
+	t.Helper()
+	var text strings.Builder
+	for _, set := range s.Sets {
+		fmt.Fprintf(&text, "create %s %s family %s\n", set.Name, set.Type, map[rule.Family]string{rule.IPv4: "inet", rule.IPv6: "inet6"}[s.Family])
+		for _, e := range set.Entries {
+			fmt.Fprintf(&text, "add %s %s\n", set.Name, e)
+		}
+	}
+	ipsetProgram(t, text.String(), "restore")
+}
+
+// ipsetProgram runs ipset in the calling thread's namespace.
+func ipsetProgram(t *testing.T, stdin string, args ...string) {
+	t.Helper()
+	cmd := exec.Command("ipset", args...)
+	cmd.Stdin = strings.NewReader(stdin)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("ipset %v: %v: %s\n%s", args, err, out, stdin)
+	}
 }
 
 func rendered(t *testing.T, s *rule.State) string {

@@ -182,3 +182,37 @@ func large(b *testing.B, backend Backend, do func(*Watcher, *Tables)) {
 		do(w, tables)
 	})
 }
+
+// What overflows the socket may have been anything: every table is to be read again.
+func TestLostNotificationsAreReportedForEveryTable(t *testing.T) {
+	nettest.NewNS(t, "lost").Do(t, func() {
+		w, err := NewWatcher(NFT) // nobody reads
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		tables, err := New(NFT, rule.IPv4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := w.source.(*nftWatch)
+		if err := n.socket.SetRoom(1); err != nil {
+			t.Fatal(err)
+		}
+		foreign := "*nat\n:KUBE-SERVICES - [0:0]\n" + strings.Repeat("-A KUBE-SERVICES -j RETURN\n", 100) + "COMMIT\n"
+		if err := tables.Restore(context.Background(), foreign); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.read(); err != nil {
+			t.Fatal(err)
+		}
+		var notices []Notice
+		select {
+		case notices = <-w.Changes():
+		default:
+		}
+		if len(notices) != len(rule.Families)*len(watched) || !strings.Contains(notices[len(notices)-1].What, "lost") {
+			t.Errorf("%d tables were reported: %+v", len(notices), notices)
+		}
+	})
+}

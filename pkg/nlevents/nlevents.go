@@ -57,10 +57,8 @@ func Open(protocol int, groups ...int) (*Socket, error) {
 }
 
 func subscribe(fd int, groups []int) error {
-	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, room) != nil {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, room); err != nil {
-			return fmt.Errorf("make room for announcements: %w", err)
-		}
+	if err := setRoom(fd, room); err != nil {
+		return err
 	}
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return fmt.Errorf("bind a netlink socket: %w", err)
@@ -71,6 +69,23 @@ func subscribe(fd int, groups []int) error {
 		}
 	}
 	return nil
+}
+
+func setRoom(fd, bytes int) error {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, bytes) == nil {
+		return nil
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bytes); err != nil {
+		return fmt.Errorf("make room for announcements: %w", err)
+	}
+	return nil
+}
+
+// SetRoom changes how much may wait unread; the kernel has a least and doubles what it is told (socket(7), SO_RCVBUF).
+func (s *Socket) SetRoom(bytes int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return setRoom(s.fd, bytes)
 }
 
 // Read hands over every message that waits, and returns when none does. lost says that the kernel had to drop some. Of several

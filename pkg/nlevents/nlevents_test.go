@@ -57,7 +57,7 @@ func TestLostAnnouncementsAreToldOnce(t *testing.T) {
 	nettest.NewNS(t, "events").Do(t, func() {
 		s := open(t)
 		defer s.Close()
-		if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 1); err != nil {
+		if err := s.SetRoom(1); err != nil {
 			t.Fatal(err)
 		}
 		flap(t, 50)

@@ -15,8 +15,8 @@ import (
 const listHeader = 1 << 2
 
 // Counts returns the number of entries of each set whose name begins with the prefix. No entry is copied, but the kernel counts
-// those of a hash each time (mtype_ext_size): some 10 ns each, so fifty sets of ten thousand take 5 ms. An entry that was exchanged
-// for another does not show.
+// those of a hash each time (mtype_ext_size): some 10 ns each, so fifty sets of ten thousand take 5 ms. An entry that was
+// exchanged for another does not show.
 func (s *Sets) Counts(prefix string) (map[string]int, error) {
 	const tries = 5
 	for try := 1; ; try++ {

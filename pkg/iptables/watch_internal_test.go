@@ -20,8 +20,9 @@ func TestARestoreMakesSoManyRulesOfThoseThatWere(t *testing.T) {
 		Replace: []rule.Chain{{Name: "POSTERN-FORWARD", Rules: []rule.Rule{drop, drop}}, {Name: "PST-I-2", Rules: []rule.Rule{drop}}},
 		Append:  []rule.Chain{{Name: "PST-I-2", Rules: []rule.Rule{drop}}},
 		Unhook:  []rule.Hook{{Table: rule.Mangle, Chain: "FORWARD", Rule: jump}},
-		Hook:    []rule.Hook{{Table: rule.Mangle, Chain: "FORWARD", Rule: jump}, {Table: rule.Mangle, Chain: "FORWARD", Rule: jump, Last: true}},
-		Delete:  []string{"PST-I-1"},
+		Hook: []rule.Hook{{Table: rule.Mangle, Chain: "FORWARD", Rule: jump},
+			{Table: rule.Mangle, Chain: "FORWARD", Rule: jump, Last: true}},
+		Delete: []string{"PST-I-1"},
 	}, Change{Table: rule.Filter, Append: []rule.Chain{{Name: "KUBE-SERVICES", Rules: []rule.Rule{drop}}}})
 	want := map[string]int{"FORWARD": 3, "POSTERN-FORWARD": 2, "PST-I-2": 2, "KUBE-SERVICES": 4}
 	if got := expected(before, sections(text)[rule.Mangle]); !maps.Equal(got, want) {

@@ -121,8 +121,8 @@ func split(b []byte, each func(Message)) {
 		if length < unix.NLMSG_HDRLEN || length > len(b) {
 			return
 		}
-		each(Message{Type: binary.NativeEndian.Uint16(b[4:]), Flags: binary.NativeEndian.Uint16(b[6:]), Sender: binary.NativeEndian.Uint32(b[12:]),
-			Data: b[unix.NLMSG_HDRLEN:length]})
+		each(Message{Type: binary.NativeEndian.Uint16(b[4:]), Flags: binary.NativeEndian.Uint16(b[6:]),
+			Sender: binary.NativeEndian.Uint32(b[12:]), Data: b[unix.NLMSG_HDRLEN:length]})
 		b = b[min(align(length), len(b)):]
 	}
 }

@@ -165,7 +165,8 @@ func addressFaults(l Link, host netlink.Link) ([]fault, error) {
 			return nil, nil
 		}
 	}
-	return []fault{{fmt.Sprintf("the node's end does not have the address %s/64", Gateway6), func() error { return hostGateway(host) }}}, nil
+	what := fmt.Sprintf("the node's end does not have the address %s/64", Gateway6)
+	return []fault{{what, func() error { return hostGateway(host) }}}, nil
 }
 
 func neighbourFaults(l Link, host netlink.Link) (faults []fault, err error) {

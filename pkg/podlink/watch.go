@@ -342,10 +342,10 @@ const (
 
 func (w *Watcher) setting(_ nlevents.Message, a attributes) {
 	index := a.number(netconfIfindex)
-	if forwarding, told := a[netconfForwarding]; told && index == netconfAll && len(forwarding) == 4 && a.number(netconfForwarding) == 0 {
+	if len(a[netconfForwarding]) == 4 && index == netconfAll && a.number(netconfForwarding) == 0 {
 		w.all()
 	}
-	if filter, told := a[netconfRPFilter]; told && len(filter) == 4 && a.number(netconfRPFilter) != 1 {
+	if len(a[netconfRPFilter]) == 4 && a.number(netconfRPFilter) != 1 {
 		w.touched(index)
 	}
 }

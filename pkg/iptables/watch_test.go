@@ -348,7 +348,10 @@ func TestChangesInForeignChainsAreNotReportedWithNFT(t *testing.T) {
 	}
 	sync()
 	g.foreign(t, rule.IPv4, "-t", "nat", "-A", "PREROUTING", "-j", "KUBE-SERVICES")
-	g.noticed(t, 0, rule.IPv4, rule.NAT) // once: its hook stands where ours do
+	g.noticed(t, 0, rule.IPv4, rule.NAT) // its hook stands where ours do
+	// Notices come in order: with this one, all before it are there.
+	g.foreign(t, rule.IPv6, "-t", "filter", "-F")
+	g.noticed(t, 0, rule.IPv6, rule.Filter)
 	before := len(g.notices())
 	for range 3 {
 		sync()

@@ -143,17 +143,22 @@ var damages = []struct {
 		want: []string{"MAC 0e:00:00:00:02:05 of 10.244.1.5"}},
 	{name: "gateway address deleted", do: "ip addr del fe80::1/64 dev LINK", want: []string{"address fe80::1/64"}},
 	{name: "addresses flushed", do: "ip addr flush dev LINK", want: []string{"address fe80::1/64"}},
-	{name: "down", do: "ip link set LINK down", want: []string{"the node's end is down", "no route to 10.244.1.5", "address fe80::1/64"}},
-	{name: "down and up", do: "ip link set LINK down; ip link set LINK up", want: []string{"no route to 10.244.1.5", "no route to fd00::5"}},
+	{name: "down", do: "ip link set LINK down",
+		want: []string{"the node's end is down", "no route to 10.244.1.5", "address fe80::1/64"}},
+	{name: "down and up", do: "ip link set LINK down; ip link set LINK up",
+		want: []string{"no route to 10.244.1.5", "no route to fd00::5"}},
 	{name: "MTU", do: "ip link set LINK mtu 1300", want: []string{"MTU 1300, not 1400"}},
-	{name: "MAC", do: "ip link set LINK address 0e:00:00:00:00:99", want: []string{"MAC 0e:00:00:00:00:99, not 0e:00:00:00:01:05"}},
+	{name: "MAC", do: "ip link set LINK address 0e:00:00:00:00:99",
+		want: []string{"MAC 0e:00:00:00:00:99, not 0e:00:00:00:01:05"}},
 	{name: "IPv4 forwarding off", do: "sysctl -qw net.ipv4.ip_forward=0", want: []string{"net.ipv4.ip_forward is not 1"}},
-	{name: "IPv6 forwarding off", do: "sysctl -qw net.ipv6.conf.all.forwarding=0", want: []string{"net.ipv6.conf.all.forwarding is not 1"}},
+	{name: "IPv6 forwarding off", do: "sysctl -qw net.ipv6.conf.all.forwarding=0",
+		want: []string{"net.ipv6.conf.all.forwarding is not 1"}},
 	{name: "reverse path filter off", do: "sysctl -qw net.ipv4.conf.LINK.rp_filter=0", want: []string{"rp_filter is not 1"}},
-	{name: "router advertisements accepted", do: "sysctl -qw net.ipv6.conf.LINK.accept_ra=2", want: []string{"accept_ra is not 0"}, silent: true},
+	{name: "router advertisements accepted", do: "sysctl -qw net.ipv6.conf.LINK.accept_ra=2",
+		want: []string{"accept_ra is not 0"}, silent: true},
 	{name: "IPv6 off on the link", do: "sysctl -qw net.ipv6.conf.LINK.disable_ipv6=1",
 		want: []string{"disable_ipv6 is not 0", "address fe80::1/64", "no route to fd00::5"}},
-	{name: "the node's address lost", do: "ip addr del 192.0.2.1/24 dev eth0; ip addr add 192.0.2.9/24 dev eth0; ip route add default via 192.0.2.2",
+	{name: "the node's address lost", do: "ip addr del 192.0.2.1/24 dev eth0; ip addr add 192.0.2.9/24 dev eth0",
 		want: []string{"no route to 10.244.1.5"}},
 }
 
@@ -191,14 +196,16 @@ func TestWhatSomebodyTakesFromALinkIsNoticedAndPutBack(t *testing.T) {
 	}
 }
 
-// The kernel deletes routes whose source address the node loses. The pod stays reachable without, and has it back with the address.
+// The kernel deletes routes whose source address the node loses. The pod stays reachable without, and the route has its source
+// again with the address.
 func TestTheSourceOfARouteComesBackWithTheNodesAddress(t *testing.T) {
 	n := newNode(t)
 	named := n.watch(t)
 	n.ns.Run(t, "ip", "addr", "del", "192.0.2.1/24", "dev", "eth0")
 	named(n.a.HostInterface)
 	n.restore(t, n.a)
-	if route := n.ns.Run(t, "ip", "route", "show", "10.244.1.5"); !strings.Contains(route, n.a.HostInterface) || strings.Contains(route, "src") {
+	route := n.ns.Run(t, "ip", "route", "show", "10.244.1.5")
+	if !strings.Contains(route, n.a.HostInterface) || strings.Contains(route, "src") {
 		t.Errorf("the node has lost its address, and the route is %q", route)
 	}
 	n.ns.Run(t, "ip", "addr", "add", "192.0.2.1/24", "dev", "eth0")

@@ -128,6 +128,12 @@ func (d *direction) whole() error {
 	return nil
 }
 
+func (d *direction) longest() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.pause
+}
+
 // lastHeard is when something last arrived at either end.
 func (f *flow) lastHeard() time.Time {
 	_, _, a := f.toServer.heard()

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -28,27 +30,33 @@ var (
 type gapScene struct {
 	*scene
 	probes   []*probe
+	streams  []*spoken // open from before the first event to after the last
 	counters []counter // of ports for which nothing may arrive
 	chance   *rand.Rand
 	edits    map[string][]string // by file: what it may hold; empty text for no file
 }
 
+// gapStreamPort is a port of streams that stay open; the policies allow it wherever they allow a probe.
+const gapStreamPort = 7000
+
 const gapDB = `
   podSelector: {matchLabels: {app: db}}
   ingress:
   - from: [{podSelector: {matchLabels: {app: web}}}]
-    ports: [{port: 5432}]
+    ports: [{port: 5432}, {port: 7000}]
   - from: [{ipBlock: {cidr: 198.51.100.1/32}}, {ipBlock: {cidr: "2001:db8::1/128"}}]
-    ports: [{port: 80}, {port: 5432}]`
+    ports: [{port: 80}, {port: 5432}, {port: 7000}]`
 
 // The same in other words: nothing that is probed may notice.
 const gapDBAgain = `
   podSelector: {matchLabels: {app: db}}
   ingress:
   - from: [{ipBlock: {cidr: 198.51.100.0/24}}, {ipBlock: {cidr: "2001:db8::/64"}}]
-    ports: [{port: 5432}, {port: 80, endPort: 81}]
-  - from: [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: shop}}, podSelector: {matchExpressions: [{key: app, operator: In, values: [web, front]}]}}]
-    ports: [{port: 5432}, {port: 82}]`
+    ports: [{port: 5432}, {port: 80, endPort: 81}, {port: 7000}]
+  - from:
+    - namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: shop}}
+      podSelector: {matchExpressions: [{key: app, operator: In, values: [web, front]}]}
+    ports: [{port: 5432}, {port: 82}, {port: 6999, endPort: 7001}]`
 
 const gapWeb = `
   podSelector: {matchLabels: {app: web}}
@@ -56,7 +64,7 @@ const gapWeb = `
   egress:
   - to: [{podSelector: {matchLabels: {app: db}}}]
   - to: [{ipBlock: {cidr: 198.51.100.0/24}}, {ipBlock: {cidr: "2001:db8::/64"}}]
-    ports: [{port: 80}]`
+    ports: [{port: 80}, {port: 7000}]`
 
 func newGapScene(t *testing.T, backend string) *gapScene {
 	t.Helper()
@@ -87,7 +95,8 @@ func newGapScene(t *testing.T, backend string) *gapScene {
 	} {
 		for _, v4 := range []bool{true, false} {
 			to := netip.AddrPortFrom(s.address(w.to, v4), w.port)
-			s.probes = append(s.probes, &probe{name: fmt.Sprintf("%s to %s (%s)", w.from, w.to, to), from: s.where[w.from], to: to, allowed: w.allowed})
+			name := fmt.Sprintf("%s to %s (%s)", w.from, w.to, to)
+			s.probes = append(s.probes, &probe{name: name, from: s.where[w.from], to: to, allowed: w.allowed})
 		}
 		if w.port > 6000 && !w.allowed {
 			for _, v4 := range []bool{true, false} {
@@ -100,6 +109,40 @@ func newGapScene(t *testing.T, backend string) *gapScene {
 	}
 	s.edits = gapEdits()
 	return s
+}
+
+// openStreams opens streams over the allowed ways, which go on for as long as the test.
+func (s *gapScene) openStreams() {
+	for i, w := range []struct{ from, to string }{{"shop/web", "shop/db"}, {"outside", "shop/db"}, {"shop/other", "bank/web"},
+		{"shop/web", "outside"}} {
+		for _, v4 := range []bool{true, false} {
+			at := netip.AddrPortFrom(s.address(w.to, v4), gapStreamPort)
+			f := openFlow(s.t, fmt.Sprintf("%s to %s (%s)", w.from, w.to, at), "tcp", 0, s.where[w.from], s.where[w.to], at, at)
+			s.streams = append(s.streams, &spoken{f, w.from, w.to, fmt.Sprint("stream ", i)})
+		}
+	}
+	established(s.t, s.streams)
+	for _, f := range s.streams {
+		f.toServer.speak(true)
+		f.toBack.speak(true)
+	}
+}
+
+// endStreams sees that the streams have lost nothing.
+func (s *gapScene) endStreams() {
+	s.t.Helper()
+	for _, f := range s.streams {
+		f.toServer.speak(false)
+		f.toBack.speak(false)
+	}
+	limit := time.Now().Add(10 * time.Second) // for all of them together
+	for _, f := range s.streams {
+		got, _, last := f.toServer.heard()
+		if err := errors.Join(wholeBy(limit, &f.toServer), wholeBy(limit, &f.toBack)); err != nil {
+			s.t.Errorf("stream %s: ended after %d numbers, at %s: %v", f.name, got, times([]time.Time{last}), err)
+		}
+		s.t.Logf("stream %-40s %d numbers, longest pause %v", f.name, got, f.toServer.longest().Round(time.Millisecond))
+	}
 }
 
 // gapEdits are changes of the manifests that change nothing for what is probed, and much in the kernel.
@@ -115,13 +158,18 @@ func gapEdits() map[string][]string {
 		"policy-shop-web.yaml": {networkPolicy("shop/web", gapWeb),
 			networkPolicy("shop/web", strings.Replace(gapWeb, "port: 80", "port: 80, endPort: 90", 1))},
 		// One more policy for the same pods.
-		"edit-more.yaml": {"", networkPolicy("shop/more", "  podSelector: {}\n  ingress: [{from: [{namespaceSelector: {matchLabels: {is: nowhere}}}]}, {ports: [{port: nobody}]}]"),
-			networkPolicy("shop/more", "  podSelector: {matchLabels: {app: db}}\n  ingress: [{from: [{ipBlock: {cidr: 203.0.113.0/24}}], ports: [{port: 90, endPort: 99}]}]")},
+		"edit-more.yaml": {"", networkPolicy("shop/more", `
+  podSelector: {matchExpressions: [{key: app, operator: In, values: [web, db, extra]}]}
+  ingress: [{from: [{namespaceSelector: {matchLabels: {is: nowhere}}}]}, {ports: [{port: nobody}]}]`),
+			networkPolicy("shop/more", `
+  podSelector: {matchLabels: {app: db}}
+  ingress: [{from: [{ipBlock: {cidr: 203.0.113.0/24}}], ports: [{port: 90, endPort: 99}]}]`)},
 		// From no policy to one that allows everything, and back.
-		"edit-bank.yaml":  {"", networkPolicy("bank/all", "  podSelector: {}\n  policyTypes: [Ingress, Egress]\n  ingress: [{}]\n  egress: [{}]")},
-		"edit-pods.yaml":  {"", extra.String()},
-		"edit-extra.yaml": {"", networkPolicy("shop/extra", "  podSelector: {matchLabels: {app: extra}}\n  policyTypes: [Ingress, Egress]")},
-		"edit-far.yaml":   {"", remote.manifest()},
+		"edit-bank.yaml": {"", networkPolicy("bank/all", "  podSelector: {}\n  policyTypes: [Ingress, Egress]\n  ingress: [{}]\n  egress: [{}]")},
+		"edit-pods.yaml": {"", extra.String()},
+		"edit-extra.yaml": {"",
+			networkPolicy("shop/extra", "  podSelector: {matchLabels: {app: extra}}\n  policyTypes: [Ingress, Egress]")},
+		"edit-far.yaml": {"", remote.manifest()},
 	}
 }
 
@@ -150,6 +198,7 @@ func TestNoGapThroughRestartsEditsAndAnUpgrade(t *testing.T) {
 		s := newGapScene(t, backend)
 		newer := nettest.BuildVersion(t, "policyd", "newer")
 		program := nettest.Build(t, "policyd")
+		s.openStreams()
 		stop := probing(t, s.probes)
 		for i := range *gapRestarts {
 			for range s.chance.IntN(3) {
@@ -166,11 +215,14 @@ func TestNoGapThroughRestartsEditsAndAnUpgrade(t *testing.T) {
 		}
 		s.Settle(t)
 		s.upgrade(newer)
-		for range 5 {
-			s.edit()
-			s.Settle(t)
+		for _, name := range slices.Sorted(maps.Keys(s.edits)) { // each edit at least once, by the newer build
+			for i := range s.edits[name] {
+				s.put(name, s.edits[name][(i+1)%len(s.edits[name])])
+				s.Settle(t)
+			}
 		}
 		stop()
+		s.endStreams()
 		noGap(t, s.probes)
 		for _, c := range s.counters {
 			if n := c.read(t); n > 0 {
@@ -285,7 +337,10 @@ func (s *gapScene) pipe(stdin, name string, args ...string) {
 
 // checkTheProbesSee lifts all policies: now what was denied must come about, or the silence before proves nothing.
 func (s *gapScene) checkTheProbesSee() {
-	s.withdraw("shop/db", "shop/web")
+	for name := range s.edits {
+		s.put(name, "")
+	}
+	s.Settle(s.t)
 	var denied []*probe
 	for _, p := range s.probes {
 		if !p.allowed {
@@ -309,6 +364,38 @@ func (s *gapScene) checkTheProbesSee() {
 	}
 }
 
+// The first look at the kernel fails, as it does when the lock is held for long or the daemon is told to end while it looks:
+// what it does not know it must not take for a reason to end anybody's flow.
+func TestADaemonThatCannotLookAtTheKernelEndsNoFlow(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		s := newGapScene(t, backend)
+		s.openStreams()
+		s.daemon.Stop(t, syscall.SIGTERM)
+		dir := t.TempDir()
+		for _, family := range []string{"iptables", "ip6tables"} {
+			name := family + "-" + backend + "-save"
+			real, err := exec.LookPath(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			script := fmt.Sprintf("#!/bin/sh\nif mkdir %s/once-%s 2>/dev/null; then echo no look yet >&2; exit 4; fi\nexec %s \"$@\"\n",
+				dir, family, real)
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+		s.daemon = s.StartPolicyd(t)
+		s.Settle(t)
+		for _, family := range []string{"iptables", "ip6tables"} {
+			if _, err := os.Stat(filepath.Join(dir, "once-"+family)); err != nil {
+				t.Errorf("the first look did not fail, so the test proves nothing: %v", err)
+			}
+		}
+		s.endStreams()
+	})
+}
+
 // openAtMost is the time for which a kernel may be open after somebody else took everything away; a test checks five times that.
 const openAtMost = time.Second
 
@@ -324,6 +411,9 @@ func TestWhatSomebodyElseFlushesIsBackWithinASecond(t *testing.T) {
 			route, _, _ := strings.Cut(s.NS.Run(t, "ip", family, "route", "show", a.String()), "\n")
 			routes += fmt.Sprintf("ip %s route del %s\n", family, a)
 			routesBack += fmt.Sprintf("ip %s route replace %s\n", family, route)
+		}
+		both := func(args string) string {
+			return fmt.Sprintf("iptables-%s -w %s\nip6tables-%s -w %s\n", backend, args, backend, args)
 		}
 		ipset := "for s in $(ipset list -n); do ipset destroy $s; done\n"
 		var flush, empty string
@@ -343,8 +433,8 @@ func TestWhatSomebodyElseFlushesIsBackWithinASecond(t *testing.T) {
 			{"an empty ruleset restored", empty, false},
 			{"all tables flushed, all sets destroyed", flush + ipset, false},
 			{"all sets flushed", "ipset flush", true},
-			{"one chain of ours flushed", "iptables-" + backend + " -w -t mangle -F POSTERN-FORWARD; ip6tables-" + backend + " -w -t mangle -F POSTERN-FORWARD", false},
-			{"the hook deleted", "iptables-" + backend + " -w -t mangle -D FORWARD -j POSTERN-FORWARD; ip6tables-" + backend + " -w -t mangle -D FORWARD -j POSTERN-FORWARD", false},
+			{"one chain of ours flushed", both("-t mangle -F POSTERN-FORWARD"), false},
+			{"the hook deleted", both("-t mangle -D FORWARD -j POSTERN-FORWARD"), false},
 			{"the routes of a pod deleted", routes, true},
 			{"all flushed, the routes deleted", flush + routes, false},
 		} {

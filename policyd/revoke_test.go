@@ -240,9 +240,10 @@ func (s *revokeScene) ended(t *testing.T, what string, begin time.Time, taken fu
 		f.toServer.speak(false)
 		f.toBack.speak(false)
 	}
+	limit := time.Now().Add(10 * time.Second) // for all of them together
 	for _, f := range kept {
 		got, _, _ := f.toServer.heard()
-		err := errors.Join(wholeSoon(&f.toServer), wholeSoon(&f.toBack))
+		err := errors.Join(wholeBy(limit, &f.toServer), wholeBy(limit, &f.toBack))
 		if err != nil {
 			t.Errorf("%s: a flow that is still allowed has lost something after %d numbers: %s: %v", what, got, f.name, err)
 		}
@@ -272,13 +273,15 @@ func (s *revokeScene) stayEnded(t *testing.T, what string, over []*spoken) {
 	}
 }
 
-func wholeSoon(d *direction) (err error) {
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(speakEvery) {
-		if err = d.whole(); err == nil {
-			return nil
+// wholeBy waits until everything has arrived, and says what is wrong if it has not by then.
+func wholeBy(limit time.Time, d *direction) error {
+	for {
+		err := d.whole()
+		if err == nil || time.Now().After(limit) {
+			return err
 		}
+		time.Sleep(speakEvery)
 	}
-	return err
 }
 
 // eventually asks until nobody is left or the limit is over, and returns who is.

@@ -126,6 +126,9 @@ func (b *bench) makePods() (err error) {
 	timeout := unix.NsecToTimeval(limit.Nanoseconds())
 	return errors.Join(
 		unix.SetsockoptTimeval(b.socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
+		// The pods' end of a fresh link, which went up before the node's, gets its queue only when a worker of the kernel has seen
+		// the carrier, up to a second later; until then it swallows what is sent through the queue.
+		unix.SetsockoptInt(b.socket, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1),
 		unix.SetsockoptInt(b.socket, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1))
 }
 

@@ -37,13 +37,14 @@ func mutations() []mutation {
 func isolation() []mutation {
 	both := []networkingv1.PolicyType{networkingv1.PolicyTypeIngress, networkingv1.PolicyTypeEgress}
 	return []mutation{
-		{line: 1, name: "a policy replaces those of its namespace that came before", input: func(in *policy.Input, _ rule.Family) {
-			last := map[string]*npPolicy{}
-			for _, np := range in.Cluster.Policies {
-				last[np.Namespace] = np
-			}
-			in.Cluster.Policies = slices.DeleteFunc(in.Cluster.Policies, func(np *npPolicy) bool { return last[np.Namespace] != np })
-		}},
+		{line: 1, name: "a policy replaces those of its namespace that came before", kernel: true,
+			input: func(in *policy.Input, _ rule.Family) {
+				last := map[string]*npPolicy{}
+				for _, np := range in.Cluster.Policies {
+					last[np.Namespace] = np
+				}
+				in.Cluster.Policies = slices.DeleteFunc(in.Cluster.Policies, func(np *npPolicy) bool { return last[np.Namespace] != np })
+			}},
 		{line: 1, name: "a pod that no policy selects is closed", state: inSet("pst-open-", func(_ dice, s *rule.Set) {
 			s.Entries = nil
 		})},
@@ -71,7 +72,7 @@ func isolation() []mutation {
 				np.Spec.PolicyTypes = both
 			}
 		})},
-		{line: 2, name: "egress: [] with type Egress denies nothing", input: eachPolicy(func(np *npPolicy) {
+		{line: 2, name: "egress: [] with type Egress denies nothing", kernel: true, input: eachPolicy(func(np *npPolicy) {
 			if slices.Contains(np.Spec.PolicyTypes, networkingv1.PolicyTypeEgress) && len(np.Spec.Egress) == 0 {
 				np.Spec.Egress = []networkingv1.NetworkPolicyEgressRule{{}}
 			}
@@ -106,7 +107,9 @@ func isolation() []mutation {
 func peers() []mutation {
 	everything := &metav1.LabelSelector{}
 	return []mutation{
-		{line: 3, name: "from and to absent: nobody", input: eachPolicy(eachRule(func(r *ruleOf) bool { return len(r.peers) > 0 }))},
+		{line: 3, name: "from and to absent: nobody", kernel: true, input: eachPolicy(eachRule(func(r *ruleOf) bool {
+			return len(r.peers) > 0
+		}))},
 		{line: 3, name: "from and to absent: the cluster's pods alone", input: eachPolicy(eachRule(func(r *ruleOf) bool {
 			if len(r.peers) == 0 {
 				r.peers = []npPeer{{NamespaceSelector: everything}}
@@ -170,8 +173,10 @@ func peers() []mutation {
 				})
 			}
 		})},
-		{line: 12, name: "hostNetwork pods are peers", input: eachPod(func(p *object.Pod) { p.HostNetwork = false })},
-		{line: 13, name: "a pod that has ended keeps its address", input: eachPod(func(p *object.Pod) { p.Ended = false })},
+		{line: 12, name: "hostNetwork pods are peers", kernel: true, input: eachPod(func(p *object.Pod) { p.HostNetwork = false })},
+		{line: 13, name: "a pod that has ended keeps its address", kernel: true, input: eachPod(func(p *object.Pod) {
+			p.Ended = false
+		})},
 		{line: 13, name: "a terminating pod has no address", input: eachPod(func(p *object.Pod) {
 			if p.Terminating {
 				p.IPs = nil
@@ -219,7 +224,7 @@ func blocks() []mutation {
 			}
 			return true
 		})},
-		{line: 5, name: "/0 is stored as a host address", input: eachBlock(func(b *networkingv1.IPBlock) bool {
+		{line: 5, name: "/0 is stored as a host address", kernel: true, input: eachBlock(func(b *networkingv1.IPBlock) bool {
 			if p := netip.MustParsePrefix(b.CIDR); p.Bits() == 0 {
 				b.CIDR, b.Except = netip.PrefixFrom(p.Masked().Addr(), p.Addr().BitLen()).String(), nil
 			}
@@ -238,12 +243,10 @@ func blocks() []mutation {
 			e := &s.Entries[d.IntN(len(s.Entries))]
 			e.Prefix = netip.PrefixFrom(e.Prefix.Addr(), max(1, e.Prefix.Bits()-1)).Masked()
 		})},
-		{line: 6, name: "blocks of the other family alone: everyone", input: otherFamily(func(r *ruleOf, other []npPeer) bool {
-			return len(other) == len(r.peers)
-		})},
-		{line: 16, name: "a block of the other family is everyone here", input: otherFamily(func(_ *ruleOf, other []npPeer) bool {
-			return len(other) > 0
-		})},
+		{line: 6, name: "blocks of the other family alone: everyone", kernel: true,
+			input: otherFamily(func(r *ruleOf, other []npPeer) bool { return len(other) == len(r.peers) })},
+		{line: 16, name: "a block of the other family is everyone here", kernel: true,
+			input: otherFamily(func(_ *ruleOf, other []npPeer) bool { return len(other) > 0 })},
 	}
 }
 
@@ -316,7 +319,7 @@ func portNumbers() []mutation {
 			}
 			return list
 		})},
-		{line: 3, name: "ICMP passes beside ports", state: eachChain("PST-", func(s *rule.State, c *rule.Chain) {
+		{line: 3, name: "ICMP passes beside ports", kernel: true, state: eachChain("PST-", func(s *rule.State, c *rule.Chain) {
 			for i, r := range c.Rules {
 				if has(r, func(rule.Protocol) bool { return true }) {
 					icmp := map[rule.Family]rule.Proto{rule.IPv4: rule.ICMP, rule.IPv6: rule.ICMPv6}[s.Family]
@@ -360,7 +363,7 @@ func portNumbers() []mutation {
 			}
 			return same(p)
 		})},
-		{line: 7, name: "SCTP is no protocol", input: eachPort(func(p npPort) []npPort {
+		{line: 7, name: "SCTP is no protocol", kernel: true, input: eachPort(func(p npPort) []npPort {
 			if p.Protocol != nil && *p.Protocol == sctp {
 				return nil
 			}
@@ -383,14 +386,14 @@ func portNumbers() []mutation {
 // namedPorts breaks the looking up of ports by name.
 func namedPorts() []mutation {
 	return []mutation{
-		{line: 8, name: "a named port is found by its name, whatever its protocol", input: eachPod(func(p *object.Pod) {
+		{line: 8, name: "a named port is found by its name, whatever its protocol", kernel: true, input: eachPod(func(p *object.Pod) {
 			for _, port := range slices.Clone(p.Ports) {
 				for _, protocol := range []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP} {
 					p.Ports = append(p.Ports, object.Port{Name: port.Name, Protocol: protocol, Number: port.Number})
 				}
 			}
 		})},
-		{line: 8, name: "one number for a name in all pods", input: func(in *policy.Input, _ rule.Family) {
+		{line: 8, name: "one number for a name in all pods", kernel: true, input: func(in *policy.Input, _ rule.Family) {
 			first := map[string]uint16{}
 			for _, p := range in.Cluster.Pods {
 				for i, port := range p.Ports {

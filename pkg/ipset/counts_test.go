@@ -21,8 +21,8 @@ func address(family rule.Family, n int) netip.Prefix {
 	return netip.PrefixFrom(a, a.BitLen())
 }
 
-// samples has a set of each type that postern uses in both families, with a number of entries.
-func samples(entries int) (sets []rule.Set) {
+// filled has a set of each type that postern uses in both families, with a number of entries.
+func filled(entries int) (sets []rule.Set) {
 	for _, family := range rule.Families {
 		for _, typ := range []rule.SetType{rule.HashIP, rule.HashNet, rule.HashIPPort, rule.HashNetIface} {
 			set := rule.Set{Name: fmt.Sprintf("pst-%d-%d", len(sets), family), Type: typ, Family: family}
@@ -42,7 +42,7 @@ func samples(entries int) (sets []rule.Set) {
 	return sets
 }
 
-func create(t testing.TB, sets *ipset.Sets, list ...rule.Set) {
+func fill(t testing.TB, sets *ipset.Sets, list ...rule.Set) {
 	t.Helper()
 	for _, set := range list {
 		if err := sets.Create(set, len(set.Entries)); err != nil {
@@ -75,8 +75,8 @@ func TestCountsShowWhatSomebodyElseDidToASet(t *testing.T) {
 		}
 		compare("nothing was made")
 		const entries = 7
-		list := samples(entries)
-		create(t, sets, list...)
+		list := filled(entries)
+		fill(t, sets, list...)
 		for _, set := range list {
 			want[set.Name] = entries
 		}
@@ -136,7 +136,7 @@ func large(b *testing.B, look func(*ipset.Sets) error) {
 		}
 		for i := range 50 {
 			set.Name = fmt.Sprintf("pst-%d", i)
-			create(b, sets, set)
+			fill(b, sets, set)
 		}
 		for b.Loop() {
 			if err := look(sets); err != nil {

@@ -76,7 +76,7 @@ func one(t *testing.T, s *ipset.Sets) rule.Set {
 
 func TestWhatIsAddedIsListedAndWhatIsDeletedIsNot(t *testing.T) {
 	kinds(t, func(t *testing.T, s *ipset.Sets, set rule.Set, entries []rule.Entry) {
-		must(t, create(s, set, 0))
+		must(t, s.Create(set, 0))
 		if got := one(t, s); len(got.Entries) > 0 || got.Name != set.Name || got.Type != set.Type || got.Family != set.Family {
 			t.Errorf("created %+v, listed %+v", set, got)
 		}
@@ -102,12 +102,6 @@ func TestWhatIsAddedIsListedAndWhatIsDeletedIsNot(t *testing.T) {
 	})
 }
 
-// create makes a set with room for a number of entries.
-func create(s *ipset.Sets, set rule.Set, entries int) error {
-	set.Entries = make([]rule.Entry, entries)
-	return s.Create(set)
-}
-
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -119,8 +113,8 @@ func TestSwapExchangesContents(t *testing.T) {
 	kinds(t, func(t *testing.T, s *ipset.Sets, set rule.Set, entries []rule.Entry) {
 		other := set
 		other.Name = "pst-other"
-		must(t, create(s, set, 0))
-		must(t, create(s, other, 0))
+		must(t, s.Create(set, 0))
+		must(t, s.Create(other, 0))
 		must(t, s.Add(set.Name, entries[0]))
 		must(t, s.Add(other.Name, entries[1:]...))
 		must(t, s.Swap(set.Name, other.Name))
@@ -135,9 +129,9 @@ func TestSwapExchangesContents(t *testing.T) {
 
 func TestSetsOfTwoKindsAreNotSwapped(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
-		must(t, create(s, rule.Set{Name: "pst-4", Type: rule.HashIP, Family: rule.IPv4}, 0))
-		must(t, create(s, rule.Set{Name: "pst-6", Type: rule.HashIP, Family: rule.IPv6}, 0))
-		must(t, create(s, rule.Set{Name: "pst-net", Type: rule.HashNet, Family: rule.IPv4}, 0))
+		must(t, s.Create(rule.Set{Name: "pst-4", Type: rule.HashIP, Family: rule.IPv4}, 0))
+		must(t, s.Create(rule.Set{Name: "pst-6", Type: rule.HashIP, Family: rule.IPv6}, 0))
+		must(t, s.Create(rule.Set{Name: "pst-net", Type: rule.HashNet, Family: rule.IPv4}, 0))
 		for _, with := range []string{"pst-6", "pst-net"} {
 			if err := s.Swap("pst-4", with); err == nil {
 				t.Errorf("pst-4 swapped with %s", with)
@@ -150,7 +144,7 @@ func TestSetsOfTwoKindsAreNotSwapped(t *testing.T) {
 func TestAFullSetIsAnErrorOfItsOwn(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
 		set := rule.Set{Name: "pst-large", Type: rule.HashIP, Family: rule.IPv4}
-		must(t, create(s, set, 0))
+		must(t, s.Create(set, 0))
 		a, n := netip.MustParseAddr("10.0.0.0"), 0
 		for ; n < 4*ipset.MinRoom; n++ {
 			err := s.Add(set.Name, rule.Entry{Prefix: netip.PrefixFrom(a, 32)})
@@ -173,7 +167,7 @@ func TestAFullSetIsAnErrorOfItsOwn(t *testing.T) {
 func TestASetHasRoomForTwiceItsContent(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
 		for size, want := range map[int]int{0: ipset.MinRoom, ipset.MinRoom / 2: ipset.MinRoom, 100000: 200000} {
-			must(t, create(s, rule.Set{Name: "pst-a", Type: rule.HashIP, Family: rule.IPv4}, size))
+			must(t, s.Create(rule.Set{Name: "pst-a", Type: rule.HashIP, Family: rule.IPv4}, size))
 			out, err := exec.Command("ipset", "list", "-terse", "pst-a").CombinedOutput()
 			must(t, err)
 			if !slices.Contains(strings.Fields(string(out)), fmt.Sprint(want)) || !strings.Contains(string(out), " maxelem ") {
@@ -192,7 +186,7 @@ func TestAPrefixOfLengthZeroIsRefused(t *testing.T) {
 			all    string
 		}{{rule.IPv4, "0.0.0.0/0"}, {rule.IPv6, "::/0"}} {
 			set := rule.Set{Name: "pst-net", Type: rule.HashNet, Family: tt.family}
-			must(t, create(s, set, 0))
+			must(t, s.Create(set, 0))
 			e := rule.Entry{Prefix: netip.MustParsePrefix(tt.all)}
 			for verb, err := range map[string]error{"add": s.Add(set.Name, e), "del": s.Del(set.Name, e)} {
 				if err == nil || !strings.Contains(err.Error(), "/0") {
@@ -210,7 +204,7 @@ func TestAPrefixOfLengthZeroIsRefused(t *testing.T) {
 func TestASetThatIsNotThereIsAnErrorOfItsOwn(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
 		e := rule.Entry{Prefix: netip.MustParsePrefix("192.0.2.1/32")}
-		must(t, create(s, rule.Set{Name: "pst-here", Type: rule.HashIP, Family: rule.IPv4}, 0))
+		must(t, s.Create(rule.Set{Name: "pst-here", Type: rule.HashIP, Family: rule.IPv4}, 0))
 		for verb, err := range map[string]error{"add": s.Add("pst-none", e), "del": s.Del("pst-none", e), "flush": s.Flush("pst-none"),
 			"swap": s.Swap("pst-here", "pst-none"), "swap back": s.Swap("pst-none", "pst-here")} {
 			if !errors.Is(err, ipset.ErrNotExist) || !strings.Contains(err.Error(), "pst-none") {
@@ -228,7 +222,7 @@ func TestASetInUseIsNotDestroyed(t *testing.T) {
 				program string
 			}{{rule.IPv4, "iptables-" + backend}, {rule.IPv6, "ip6tables-" + backend}} {
 				set := rule.Set{Name: "pst-used" + tt.family.String(), Type: rule.HashIP, Family: tt.family}
-				must(t, create(s, set, 0))
+				must(t, s.Create(set, 0))
 				use := []string{"-A", "OUTPUT", "-m", "set", "--match-set", set.Name, "dst", "-j", "DROP"}
 				iptables(t, tt.program, use...)
 				if err := s.Destroy(set.Name); !errors.Is(err, ipset.ErrInUse) || !strings.Contains(err.Error(), set.Name) {
@@ -236,7 +230,7 @@ func TestASetInUseIsNotDestroyed(t *testing.T) {
 				}
 				other := set
 				other.Name = "pst-other"
-				must(t, create(s, other, 0))
+				must(t, s.Create(other, 0))
 				must(t, s.Swap(set.Name, other.Name)) // the rule keeps the name, and gets the other's content
 				must(t, s.Destroy(other.Name))
 				use[0] = "-D"
@@ -250,8 +244,8 @@ func TestASetInUseIsNotDestroyed(t *testing.T) {
 func TestASetThatIsThereAlreadyIsAnError(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
 		set := rule.Set{Name: "pst-twice", Type: rule.HashIP, Family: rule.IPv4}
-		must(t, create(s, set, 0))
-		if err := create(s, set, 0); err == nil || !strings.Contains(err.Error(), set.Name) {
+		must(t, s.Create(set, 0))
+		if err := s.Create(set, 0); err == nil || !strings.Contains(err.Error(), set.Name) {
 			t.Errorf("created twice: %v", err)
 		}
 	})
@@ -260,12 +254,12 @@ func TestASetThatIsThereAlreadyIsAnError(t *testing.T) {
 func TestNamesOfThirtyOneCharactersWorkAndLongerOnesAreRefused(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
 		set := rule.Set{Name: "pst-" + strings.Repeat("x", 27), Type: rule.HashIP, Family: rule.IPv4}
-		must(t, create(s, set, 0))
+		must(t, s.Create(set, 0))
 		if got := one(t, s).Name; got != set.Name {
 			t.Errorf("listed as %q", got)
 		}
 		set.Name += "x"
-		if err := create(s, set, 0); err == nil {
+		if err := s.Create(set, 0); err == nil {
 			t.Error("a name of 32 characters is taken")
 		}
 	})
@@ -274,7 +268,7 @@ func TestNamesOfThirtyOneCharactersWorkAndLongerOnesAreRefused(t *testing.T) {
 func TestListKeepsToThePrefix(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
 		for _, name := range []string{"pst-b", "foreign", "ps", "pst-a", "xpst-a"} {
-			must(t, create(s, rule.Set{Name: name, Type: rule.HashIP, Family: rule.IPv4}, 0))
+			must(t, s.Create(rule.Set{Name: name, Type: rule.HashIP, Family: rule.IPv4}, 0))
 		}
 		sets, err := s.List("pst-")
 		must(t, err)
@@ -298,7 +292,7 @@ func TestForeignSetsOfOtherTypesAreListedPast(t *testing.T) {
 		s, err := ipset.Open()
 		must(t, err)
 		defer s.Close()
-		must(t, create(s, rule.Set{Name: "pst-a", Type: rule.HashIP, Family: rule.IPv4}, 0))
+		must(t, s.Create(rule.Set{Name: "pst-a", Type: rule.HashIP, Family: rule.IPv4}, 0))
 		if sets, err := s.List("pst-"); err != nil || len(sets) != 1 {
 			t.Errorf("listed %v, %v", sets, err)
 		}

@@ -44,8 +44,8 @@ func TestForgedSourceAddressesGetNowhere(t *testing.T) {
 			t.Run(family.name, func(t *testing.T) {
 				own, other := a.IP(t, family.outside), b.IP(t, family.outside)
 				host := netip.PrefixFrom(family.foreign, family.foreign.BitLen())
-				a.NS.Run(t, "ip", "address", "add", host.String(), "dev", "lo")
-				a.NS.Run(t, "ip", "address", "add", netip.PrefixFrom(other, other.BitLen()).String(), "dev", "lo")
+				a.NS.Run(t, "ip", "address", "add", host.String(), "dev", "lo", "nodad")
+				a.NS.Run(t, "ip", "address", "add", netip.PrefixFrom(other, other.BitLen()).String(), "dev", "lo", "nodad")
 				n.NS.Run(t, "ip", "route", "add", host.String(), "via", family.outside.String()) // it lives out there
 
 				atOutside := hear(t, n.Outside, family.outside)

@@ -75,7 +75,34 @@ func create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("the pod's end: %w", err)
 	}
+	if err := awaitCarrier(ctx, l.HostInterface); err != nil {
+		return nil, err
+	}
 	return routes, hostRoutes(l, host) // last: from here on packets reach a pod that can answer
+}
+
+// carrierLimit is how long the node's end may take to have a carrier; then it works, or it will when it has.
+const carrierLimit = time.Second
+
+// awaitCarrier waits until the node's end sends what it is given. It was set up before the pod's end, so without a carrier, and the
+// kernel gives it a queue that swallows everything until a work item has noticed the carrier (dev_activate, net/sched/sch_generic.c).
+// To ask for the link makes newer kernels do that at once (linkwatch_sync_dev, net/core/link_watch.c).
+func awaitCarrier(ctx context.Context, name string) error {
+	deadline := time.Now().Add(carrierLimit)
+	for {
+		host, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("ask for the carrier of the node's end: %w", err)
+		}
+		if host.Attrs().OperState == netlink.OperUp || time.Now().After(deadline) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the carrier of the node's end: %w", ctx.Err())
+		case <-time.After(time.Millisecond):
+		}
+	}
 }
 
 // addVeth makes the pair, both ends down, the pod's end in its namespace under its final name.

@@ -28,9 +28,12 @@ func stateDirFlag(flags *flag.FlagSet) *string {
 	return flags.String("state-dir", attachment.DefaultStateDir, "the node's state `folder`, with policyd's socket")
 }
 
+// dialer is gate.DialOnce, or gate.Dial for who waits for a policyd that is starting.
+type dialer func(ctx context.Context, stateDir string) (*gate.Client, error)
+
 // ask puts a question to the running policyd.
-func ask(ctx context.Context, stateDir, question string, body, reply any) error {
-	client, err := gate.DialOnce(ctx, stateDir)
+func ask(ctx context.Context, dial dialer, stateDir, question string, body, reply any) error {
+	client, err := dial(ctx, stateDir)
 	if errors.Is(err, gate.ErrAway) {
 		return fmt.Errorf("%w; is it started, and is --state-dir the same?", err)
 	}
@@ -52,7 +55,11 @@ func statusCommand(ctx context.Context, flags *flag.FlagSet, args []string, stdo
 	ctx, cancel := context.WithTimeout(ctx, *limit)
 	defer cancel()
 	var s engine.Status
-	if err := ask(ctx, *stateDir, engine.AskStatus, engine.StatusQuestion{Wait: *wait}, &s); err != nil {
+	dial := gate.DialOnce
+	if *wait {
+		dial = gate.Dial
+	}
+	if err := ask(ctx, dial, *stateDir, engine.AskStatus, engine.StatusQuestion{Wait: *wait}, &s); err != nil {
 		return err
 	}
 	if *asJSON {
@@ -148,6 +155,7 @@ func explainCommand(ctx context.Context, flags *flag.FlagSet, args []string, std
 	if *asJSON {
 		enc := json.NewEncoder(stdout)
 		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false) // it is full of arrows
 		err = enc.Encode(answer)
 	} else {
 		fmt.Fprint(stdout, answer.Text)
@@ -170,7 +178,7 @@ func answerExplain(
 		c, err = readAPI(ctx, kubeconfig)
 	default:
 		out := &engine.Explanation{}
-		return out, ask(ctx, stateDir, engine.AskExplain, q, out)
+		return out, ask(ctx, gate.DialOnce, stateDir, engine.AskExplain, q, out)
 	}
 	if err != nil {
 		return nil, err

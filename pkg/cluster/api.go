@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"reflect"
 	"slices"
 	"strconv"
@@ -16,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	networkingv1client "k8s.io/client-go/kubernetes/typed/networking/v1"
@@ -145,8 +147,16 @@ func newCache[T comparable](changes signal, client cache.Getter, resource string
 	return c
 }
 
+// An API server that is back is noticed within seconds; client-go's own pauses grow to a minute.
+const (
+	backoffFirst = 500 * time.Millisecond
+	backoffMost  = 5 * time.Second
+)
+
 func (c *cacheOf[T]) run(ctx context.Context) {
-	cache.NewReflectorWithOptions(c.source, c.like, c, cache.ReflectorOptions{Name: c.resource}).RunWithContext(ctx)
+	o := cache.ReflectorOptions{Name: c.resource, Backoff: &wait.Backoff{Duration: backoffFirst, Factor: 2, Jitter: 1, Cap: backoffMost,
+		Steps: math.MaxInt32}}
+	cache.NewReflectorWithOptions(c.source, c.like, c, o).RunWithContext(ctx)
 }
 
 // note keeps the error of a list or watch, until one works.
@@ -162,10 +172,13 @@ func (c *cacheOf[T]) note(verb string, err error) {
 func (c *cacheOf[T]) problems() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err == nil {
-		return nil
+	switch {
+	case c.err != nil:
+		return []string{c.err.Error()}
+	case !c.full: // a connection that ends without an answer is no error to client-go
+		return []string{fmt.Sprintf("list %s: the API server has not answered yet", c.resource)}
 	}
-	return []string{c.err.Error()}
+	return nil
 }
 
 func (c *cacheOf[T]) synced() bool {

@@ -261,8 +261,6 @@ func TestThatNobodyListensIsAProblem(t *testing.T) {
 }
 
 func TestAServerThatSaysNothingIsAProblem(t *testing.T) {
-	t.Skip("known defect: client-go takes a connection that ends without an answer for an empty watch, without an error, " +
-		"so that Problems stays empty for as long as it lasts")
 	servers(t, func(t *testing.T, a *fakeAPI) {
 		a.SetAway(mute)
 		s := fromAPI(t, a)

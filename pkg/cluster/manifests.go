@@ -10,10 +10,12 @@ import (
 	"slices"
 	"strings"
 
+	yamlv3 "go.yaml.in/yaml/v3"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	yamlutil "k8s.io/apimachinery/pkg/util/yaml"
+	kjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
 	"github.com/postern-cni/postern/pkg/object"
@@ -57,26 +59,10 @@ func parse(text []byte) (*objects, error) {
 	return o, errors.Join(errs...)
 }
 
-// split cuts a text into documents, each as JSON. A text that begins like JSON may hold several values, one after another.
+// split cuts a text into documents, each as JSON. A document that begins like JSON may hold several values, one after another.
 func split(text []byte) ([]json.RawMessage, error) {
 	var docs []json.RawMessage
-	if trimmed := bytes.TrimSpace(text); bytes.HasPrefix(trimmed, []byte("{")) {
-		dec := json.NewDecoder(bytes.NewReader(trimmed))
-		for {
-			var doc json.RawMessage
-			err := dec.Decode(&doc)
-			if errors.Is(err, io.EOF) {
-				return docs, nil
-			}
-			if err != nil {
-				break // YAML may begin so too
-			}
-			docs = append(docs, doc)
-		}
-		docs = nil
-	}
-	r := yamlutil.NewYAMLReader(bufio.NewReader(bytes.NewReader(text)))
-	for {
+	for r := yamlutil.NewYAMLReader(bufio.NewReader(bytes.NewReader(text))); ; {
 		doc, err := r.Read()
 		if errors.Is(err, io.EOF) {
 			return docs, nil
@@ -84,12 +70,51 @@ func split(text []byte) ([]json.RawMessage, error) {
 		if err != nil {
 			return nil, err
 		}
-		out, err := yaml.YAMLToJSONStrict(doc)
-		if err != nil {
-			return nil, fmt.Errorf("document %d: %w", len(docs)+1, err)
+		values, err := jsonValues(doc)
+		if len(values) == 0 {
+			values, err = yamlValue(doc)
 		}
-		docs = append(docs, out)
+		if err != nil {
+			return nil, fmt.Errorf("document %d: %w", len(docs)+len(values)+1, err)
+		}
+		docs = append(docs, values...)
 	}
+}
+
+// jsonValues reads as many JSON objects as there are. The error is about what follows the last one.
+func jsonValues(doc []byte) (values []json.RawMessage, err error) {
+	if !bytes.HasPrefix(bytes.TrimSpace(doc), []byte("{")) {
+		return nil, nil
+	}
+	for dec := json.NewDecoder(bytes.NewReader(doc)); ; {
+		var value json.RawMessage
+		if err := dec.Decode(&value); errors.Is(err, io.EOF) {
+			return values, nil
+		} else if err != nil {
+			return values, err
+		}
+		values = append(values, value)
+	}
+}
+
+// yamlValue reads the one YAML value of a document. The converter stops without a word at the end of a value in braces.
+func yamlValue(doc []byte) ([]json.RawMessage, error) {
+	var rest yamlv3.Node
+	dec := yamlv3.NewDecoder(bytes.NewReader(doc))
+	err := dec.Decode(&rest)
+	if err == nil {
+		if err = dec.Decode(&rest); err == nil {
+			err = errors.New("another value follows the first")
+		}
+	}
+	if !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	out, err := yaml.YAMLToJSONStrict(doc)
+	if err != nil {
+		return nil, err
+	}
+	return []json.RawMessage{out}, nil
 }
 
 // add takes in one document. Items of a typed list need not repeat their kind.
@@ -167,7 +192,8 @@ func (o *objects) addPolicy(doc []byte) error {
 }
 
 func decode(doc []byte, into any, meta *metav1.ObjectMeta) error {
-	if err := yaml.UnmarshalStrict(doc, into); err != nil {
+	unknown, err := kjson.UnmarshalStrict(doc, into) // as the API server does: a boolean is no label
+	if err := errors.Join(append(unknown, err)...); err != nil {
 		return err
 	}
 	if meta.Name == "" {
@@ -202,7 +228,11 @@ func merge(files []named) (object.Cluster, []string) {
 	seen := map[string]string{}
 	first := func(what, file string) bool {
 		if other, twice := seen[what]; twice {
-			problems = append(problems, fmt.Sprintf("%s: %s is declared in %s already; the first counts", file, what, other))
+			at := "here"
+			if file != "" {
+				file, at = file+": ", "in "+other
+			}
+			problems = append(problems, fmt.Sprintf("%s%s is declared %s already; the first counts", file, what, at))
 			return false
 		}
 		seen[what] = file

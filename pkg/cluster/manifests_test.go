@@ -100,10 +100,10 @@ func TestAManifestThatIsWrongIsAnErrorWithItsDocument(t *testing.T) {
 		name, text string
 		want       []string
 	}{
-		{"a field that does not exist", good + "---\n" + good + "spec: {containerz: []}\n", []string{"document 2: ", `"containerz"`}},
+		{"a field that does not exist", good + "---\n" + good + "spec: {containerz: []}\n", []string{"document 2: ", `"spec.containerz"`}},
 		{"a field of a policy that does not exist", manifestOf("NetworkPolicy", "", "p") + "spec: {ingres: []}\n",
-			[]string{"document 1: ", `"ingres"`}},
-		{"a field of a namespace that does not exist", "---\n" + manifestOf("Namespace", "", "n") + "specs: {}\n",
+			[]string{"document 1: ", `"spec.ingres"`}},
+		{"a field of a namespace that does not exist", "---\n" + manifestOf("Namespace", "", "lab") + "specs: {}\n",
 			[]string{"document 1: ", `"specs"`}},
 		{"a wrong type", good + "spec: 3\n", []string{"document 1: ", "spec"}},
 		{"a key given twice", "apiVersion: v1\nkind: Pod\nmetadata: {name: a, name: b}\n", []string{"document 1: ", `"name"`}},
@@ -148,7 +148,6 @@ func TestAManifestThatIsWrongIsAnErrorWithItsDocument(t *testing.T) {
 }
 
 func TestWhatFollowsAnObjectInItsDocumentIsNotDropped(t *testing.T) {
-	t.Skip("known defect: split hands what is no JSON to the YAML parser, which stops without a word at the end of the first value")
 	pod := `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a"}}`
 	for _, text := range []string{pod + " trailing", pod + "\n" + pod[:len(pod)-5], "{apiVersion: v1, kind: Pod, metadata: {name: a}} trailing"} {
 		if c, err := cluster.ParseManifests([]byte(text)); err == nil {
@@ -158,8 +157,6 @@ func TestWhatFollowsAnObjectInItsDocumentIsNotDropped(t *testing.T) {
 }
 
 func TestWhatIsNoTextIsNotTakenForOne(t *testing.T) {
-	t.Skip("known defect: decode turns booleans and numbers into texts, so that the label yes becomes \"true\" and 1.10 becomes " +
-		"\"1.1\"; it takes Name for name, too. The API server refuses all of it")
 	for _, text := range []string{
 		"apiVersion: v1\nkind: Namespace\nmetadata: {name: n}\n",
 		"apiVersion: v1\nkind: Pod\nmetadata: {name: a, labels: {app: yes}}\n",

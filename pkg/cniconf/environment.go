@@ -29,7 +29,8 @@ func readEnvironment(c *Config, env Environment, p *problems) {
 		c.NetNS = env.NetNS
 	}
 	readArgs(c, env.Args, p)
-	if env.Command == "ADD" && c.Policy == attachment.PolicyEnforce && !strings.Contains(env.Args, "K8S_POD_NAME=") {
+	_, name, _ := strings.Cut(env.Args, "K8S_POD_NAME=")
+	if env.Command == "ADD" && c.Policy == attachment.PolicyEnforce && (name == "" || name[0] == ';') {
 		p.env("CNI_ARGS", env.Args,
 			`K8S_POD_NAMESPACE and K8S_POD_NAME are needed to guard the pod; without Kubernetes, set "policy": "none"`)
 	}

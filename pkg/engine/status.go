@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -116,6 +117,7 @@ func (e *Engine) account(d policy.Delta, begin time.Time, r dataplane.Result, fa
 // kindOf names a failure's kind for the metrics.
 func kindOf(err error) string {
 	var refused *iptables.LineError
+	var errno syscall.Errno
 	switch {
 	case errors.Is(err, iptables.ErrLocked):
 		return "lock"
@@ -125,6 +127,8 @@ func kindOf(err error) string {
 		return "set_full"
 	case errors.Is(err, ipset.ErrNotExist), errors.Is(err, ipset.ErrInUse):
 		return "set"
+	case errors.As(err, &errno):
+		return "netlink"
 	}
 	return "apply"
 }

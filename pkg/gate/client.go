@@ -40,14 +40,22 @@ type Client struct{ conn net.Conn }
 // and then returns an error that is [ErrAway]. The plugin calls it before it makes a pod's link: as long as policyd answers,
 // its rules are in force, and an unknown link is closed.
 func Dial(ctx context.Context, stateDir string) (*Client, error) {
+	var away error
 	for {
 		conn, err := DialOnce(ctx, stateDir)
-		if err == nil || !errors.Is(err, ErrAway) {
-			return conn, err
+		switch {
+		case err == nil:
+			return conn, nil
+		case errors.Is(err, ErrAway):
+			away = err
+		case away != nil && ctx.Err() != nil: // the end came in the middle of a try
+			return nil, away
+		default:
+			return nil, err
 		}
 		select {
 		case <-ctx.Done():
-			return nil, err
+			return nil, away
 		case <-time.After(retryPause):
 		}
 	}

@@ -218,6 +218,13 @@ func (e *Engine) repairPorts(ctx context.Context) error {
 	for _, f := range rule.Families {
 		e.ports.Want(hostport.State(f, alive))
 	}
+	for _, a := range alive {
+		if set, err := hostport.RouteLocalnet(rule.IPv4, a); err != nil {
+			e.fail("hostports", "cannot repair a hostPort from 127.0.0.1", err)
+		} else if set {
+			e.repaired("hostports", []string{"route_localnet was off at link " + a.HostInterface})
+		}
+	}
 	result, err := e.ports.Apply(ctx, nil)
 	if err == nil && result.Wrote() {
 		e.repaired("hostports", []string{"rules that are not what the records of attached pods say"})

@@ -84,10 +84,8 @@ func applyFamily(
 			return err
 		}
 	}
-	if family == rule.IPv4 {
-		return routeLocalnet(a.HostInterface)
-	}
-	return nil
+	_, err = RouteLocalnet(family, a)
+	return err
 }
 
 // mayAppend reports whether the family's chains can be there already, and hold nothing that the attachment replaces. The
@@ -176,13 +174,20 @@ func hasFamily(a *attachment.Attachment, family rule.Family) bool {
 	return ok
 }
 
-// routeLocalnet lets packets from 127.0.0.0/8 leave by the pod's link. The setting goes with the link.
-func routeLocalnet(link string) error {
-	path := "/proc/sys/net/ipv4/conf/" + link + "/route_localnet"
-	if err := os.WriteFile(path, []byte("1"), 0); err != nil {
-		return fmt.Errorf("open the way from the node's loopback: %w; is the link %s still there?", err, link)
+// RouteLocalnet lets packets from 127.0.0.0/8 leave by the link of an attachment that has a mapping of IPv4. The setting goes with
+// the link. It reports whether it was not set.
+func RouteLocalnet(family rule.Family, a *attachment.Attachment) (set bool, err error) {
+	if dnat, _ := rules(family, a); family != rule.IPv4 || len(dnat) == 0 {
+		return false, nil
 	}
-	return nil
+	path := "/proc/sys/net/ipv4/conf/" + a.HostInterface + "/route_localnet"
+	if is, err := os.ReadFile(path); err == nil && string(is) == "1\n" {
+		return false, nil
+	}
+	if err := os.WriteFile(path, []byte("1"), 0); err != nil {
+		return false, fmt.Errorf("open the way from the node's loopback: %w; is the link %s still there?", err, a.HostInterface)
+	}
+	return true, nil
 }
 
 // flush ends UDP flows to the host ports: a flow keeps the destination that its first packet got, from before the mapping

@@ -178,6 +178,70 @@ func TestASetHasRoomForTwiceItsContent(t *testing.T) {
 	})
 }
 
+func TestAFullSetIsAnErrorOfItsOwnAmongManyEntries(t *testing.T) {
+	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
+		set := rule.Set{Name: "pst-large", Type: rule.HashIP, Family: rule.IPv4}
+		must(t, s.Create(set, 0))
+		for n := range 2 * ipset.MinRoom {
+			set.Entries = append(set.Entries, rule.Entry{Prefix: address(rule.IPv4, n)})
+		}
+		err := s.Add(set.Name, set.Entries...)
+		if !errors.Is(err, ipset.ErrFull) || !strings.Contains(err.Error(), "pst-large 10.") {
+			t.Fatalf("twice as many entries as there is room for: %v, want one that is ErrFull and names set and entry", err)
+		}
+		there := one(t, s).Entries
+		if n := len(there); n < ipset.MinRoom || !reflect.DeepEqual(there, set.Entries[:n]) ||
+			!strings.Contains(err.Error(), " "+set.Entries[n].String()+":") {
+			t.Errorf("%d entries are there, and the error is %v; want all before the one it names", n, err)
+		}
+	})
+}
+
+func TestManyEntriesAreAddedListedAndDeleted(t *testing.T) {
+	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
+		want := filled(5000) // several messages each way
+		for _, set := range want {
+			must(t, s.Create(set, 0))
+			must(t, s.Add(set.Name, set.Entries[:100]...))
+			must(t, s.Add(set.Name, set.Entries...)) // that some are there already is no error
+		}
+		got, err := s.List("pst-")
+		must(t, err)
+		slices.SortFunc(want, func(a, b rule.Set) int { return strings.Compare(a.Name, b.Name) })
+		for i := range want {
+			if !reflect.DeepEqual(got[i], want[i]) {
+				t.Errorf("%s: listed %s %s with %d entries, want %s %s with %d in order", got[i].Name, got[i].Type, got[i].Family,
+					len(got[i].Entries), want[i].Type, want[i].Family, len(want[i].Entries))
+			}
+			must(t, s.Del(want[i].Name, want[i].Entries[1:100]...))
+			must(t, s.Del(want[i].Name, want[i].Entries[1:]...)) // nor is that some are not there any more
+		}
+		got, err = s.List("pst-")
+		must(t, err)
+		for i := range want {
+			if !reflect.DeepEqual(got[i].Entries, want[i].Entries[:1]) {
+				t.Errorf("%s: all but one were deleted, and there are %d", got[i].Name, len(got[i].Entries))
+			}
+		}
+	})
+}
+
+// Those before it are in the set, as when each is sent by itself.
+func TestARefusedEntryAmongManyIsNamed(t *testing.T) {
+	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
+		set := rule.Set{Name: "pst-a", Type: rule.HashIP, Family: rule.IPv4}
+		must(t, s.Create(set, 0))
+		entries := []rule.Entry{{Prefix: address(rule.IPv4, 1)}, {Prefix: address(rule.IPv6, 2)}, {Prefix: address(rule.IPv4, 3)}}
+		err := s.Add(set.Name, entries...)
+		if err == nil || !strings.Contains(err.Error(), "pst-a "+entries[1].String()) {
+			t.Errorf("added %v: %v, want an error that names the second", entries, err)
+		}
+		if got := one(t, s).Entries; !reflect.DeepEqual(got, entries[:1]) {
+			t.Errorf("added %v: the set has %v", entries, got)
+		}
+	})
+}
+
 // The kernel would store it as a host address without a word: a rule for everyone would be one for 0.0.0.0.
 func TestAPrefixOfLengthZeroIsRefused(t *testing.T) {
 	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
@@ -295,6 +359,37 @@ func TestForeignSetsOfOtherTypesAreListedPast(t *testing.T) {
 		must(t, s.Create(rule.Set{Name: "pst-a", Type: rule.HashIP, Family: rule.IPv4}, 0))
 		if sets, err := s.List("pst-"); err != nil || len(sets) != 1 {
 			t.Errorf("listed %v, %v", sets, err)
+		}
+	})
+}
+
+// An older version of postern may have used other types.
+func TestSetsOfOursOfOtherTypesAreListedAsFarAsTheyAreUnderstood(t *testing.T) {
+	inNamespace(t, func(t *testing.T, s *ipset.Sets) {
+		for _, line := range []string{
+			"create pst-a hash:net,port family inet6", "add pst-a 2001:db8::/32,tcp:80",
+			"create pst-b bitmap:port range 0-100", "add pst-b 7",
+			"create pst-c list:set", "add pst-c pst-b",
+			"create pst-d hash:ip timeout 600 counters comment skbinfo", "add pst-d 192.0.2.1 comment words skbmark 0x7",
+			"create pst-e bitmap:ip range 192.0.2.0/24", "add pst-e 192.0.2.7",
+		} {
+			if out, err := exec.Command("ipset", strings.Fields(line)...).CombinedOutput(); err != nil {
+				t.Fatalf("ipset %s: %v: %s", line, err, out)
+			}
+		}
+		p := netip.MustParsePrefix
+		want := []rule.Set{
+			{Name: "pst-a", Type: "hash:net,port", Family: rule.IPv6,
+				Entries: []rule.Entry{{Prefix: p("2001:db8::/32"), Proto: rule.TCP, Port: 80}}},
+			{Name: "pst-b", Type: "bitmap:port", Family: rule.IPv4},
+			{Name: "pst-c", Type: "list:set", Family: rule.IPv4},
+			{Name: "pst-d", Type: rule.HashIP, Family: rule.IPv4, Entries: []rule.Entry{{Prefix: p("192.0.2.1/32")}}},
+			{Name: "pst-e", Type: "bitmap:ip", Family: rule.IPv4, Entries: []rule.Entry{{Prefix: p("192.0.2.7/32")}}},
+		}
+		got, err := s.List("pst-")
+		must(t, err)
+		if fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("listed %v, want %v", got, want)
 		}
 	})
 }

@@ -8,12 +8,10 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-cni/postern/pkg/nfnetlink"
 	"github.com/postern-cni/postern/pkg/nlevents"
 	"github.com/postern-cni/postern/pkg/rule"
 )
-
-// mostRequested keeps a request's list of entries below what the length of an attribute (16 bits) can say.
-const mostRequested = 32 << 10
 
 // Add puts entries into a set. What is there already stays.
 func (s *Sets) Add(name string, entries ...rule.Entry) error {
@@ -47,37 +45,37 @@ func (s *Sets) change(verb string, command int, name string, entries []rule.Entr
 
 // changeSome sends as many entries as a message holds and returns how many.
 func (s *Sets) changeSome(command int, name string, entries []rule.Entry) (n int, err error) {
-	request := text(s.socket.begin(command, 0), nl.IPSET_ATTR_SETNAME, name)
-	request = number(request, nl.IPSET_ATTR_LINENO, 0) // a list is refused without it
-	request = nested(request, nl.IPSET_ATTR_ADT, func(b []byte) []byte {
-		for n < len(entries) && len(b) < mostRequested {
+	request := nfnetlink.Text(s.begin(command, 0), nl.IPSET_ATTR_SETNAME, name)
+	request = nfnetlink.Uint32(request, nl.IPSET_ATTR_LINENO|unix.NLA_F_NET_BYTEORDER, 0) // a list is refused without it
+	request = nfnetlink.Nested(request, nl.IPSET_ATTR_ADT, func(b []byte) []byte {
+		for n < len(entries) && len(b) < nfnetlink.MostRequested {
 			b = encode(b, entries[n])
 			n++
 		}
 		return b
 	})
-	return n, s.socket.ask(request, nil)
+	return n, s.socket.Ask(request, nil)
 }
 
 func encode(b []byte, e rule.Entry) []byte {
-	return nested(b, nl.IPSET_ATTR_DATA, func(b []byte) []byte {
-		b = nested(b, nl.IPSET_ATTR_IP, func(b []byte) []byte {
+	return nfnetlink.Nested(b, nl.IPSET_ATTR_DATA, func(b []byte) []byte {
+		b = nfnetlink.Nested(b, nl.IPSET_ATTR_IP, func(b []byte) []byte {
 			if a := e.Prefix.Addr(); a.Is4() {
 				ip := a.As4()
-				return attribute(b, nl.IPSET_ATTR_IPADDR_IPV4|unix.NLA_F_NET_BYTEORDER, ip[:]...)
+				return nfnetlink.Attribute(b, nl.IPSET_ATTR_IPADDR_IPV4|unix.NLA_F_NET_BYTEORDER, ip[:]...)
 			}
 			ip := e.Prefix.Addr().As16()
-			return attribute(b, nl.IPSET_ATTR_IPADDR_IPV6|unix.NLA_F_NET_BYTEORDER, ip[:]...)
+			return nfnetlink.Attribute(b, nl.IPSET_ATTR_IPADDR_IPV6|unix.NLA_F_NET_BYTEORDER, ip[:]...)
 		})
 		if !e.Prefix.IsSingleIP() {
-			b = attribute(b, nl.IPSET_ATTR_CIDR, byte(e.Prefix.Bits()))
+			b = nfnetlink.Attribute(b, nl.IPSET_ATTR_CIDR, byte(e.Prefix.Bits()))
 		}
 		if e.Proto != "" {
-			b = attribute(b, nl.IPSET_ATTR_PROTO, protoNumbers[e.Proto])
-			b = attribute(b, nl.IPSET_ATTR_PORT|unix.NLA_F_NET_BYTEORDER, byte(e.Port>>8), byte(e.Port))
+			b = nfnetlink.Attribute(b, nl.IPSET_ATTR_PROTO, protoNumbers[e.Proto])
+			b = nfnetlink.Attribute(b, nl.IPSET_ATTR_PORT|unix.NLA_F_NET_BYTEORDER, byte(e.Port>>8), byte(e.Port))
 		}
 		if e.Iface != "" {
-			b = text(b, nl.IPSET_ATTR_IFACE, e.Iface)
+			b = nfnetlink.Text(b, nl.IPSET_ATTR_IFACE, e.Iface)
 		}
 		return b
 	})

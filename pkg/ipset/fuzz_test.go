@@ -10,17 +10,20 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-cni/postern/pkg/nfnetlink"
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
 // datagram is what the kernel sends of a set with some entries.
 func datagram(name string, typ rule.SetType, family byte, entries ...rule.Entry) []byte {
-	s := &socket{}
-	b := text(s.begin(nl.IPSET_CMD_LIST, unix.NLM_F_MULTI), nl.IPSET_ATTR_SETNAME, name)
-	b = text(b, nl.IPSET_ATTR_TYPENAME, string(typ))
-	b = attribute(b, nl.IPSET_ATTR_FAMILY, family)
-	b = nested(b, nl.IPSET_ATTR_DATA, func(b []byte) []byte { return number(b, nl.IPSET_ATTR_ELEMENTS, uint32(len(entries))) })
-	b = nested(b, nl.IPSET_ATTR_ADT, func(b []byte) []byte {
+	s := &Sets{&nfnetlink.Socket{}}
+	b := nfnetlink.Text(s.begin(nl.IPSET_CMD_LIST, unix.NLM_F_MULTI), nl.IPSET_ATTR_SETNAME, name)
+	b = nfnetlink.Text(b, nl.IPSET_ATTR_TYPENAME, string(typ))
+	b = nfnetlink.Attribute(b, nl.IPSET_ATTR_FAMILY, family)
+	b = nfnetlink.Nested(b, nl.IPSET_ATTR_DATA, func(b []byte) []byte {
+		return nfnetlink.Uint32(b, nl.IPSET_ATTR_ELEMENTS|unix.NLA_F_NET_BYTEORDER, uint32(len(entries)))
+	})
+	b = nfnetlink.Nested(b, nl.IPSET_ATTR_ADT, func(b []byte) []byte {
 		for _, e := range entries {
 			b = encode(b, e)
 		}
@@ -42,8 +45,8 @@ func FuzzDump(f *testing.F) {
 	f.Add(datagram("pst-iface", rule.HashNetIface, unix.AF_INET, rule.Entry{Prefix: p("192.0.2.0/24"), Iface: "pst0123456789ab"}))
 	f.Add(datagram("another", rule.HashIP, unix.AF_INET, rule.Entry{Prefix: p("192.0.2.1/32")}))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		found, interrupted := map[string]*listing{}, false
-		_, _ = split(b, 0, &interrupted, func(message []byte) { read(message, "pst-", found) })
+		found := map[string]*listing{}
+		_, _, _ = nfnetlink.Split(b, 0, func(attributes []byte) { read(attributes, "pst-", found) })
 		for name, l := range found {
 			if !strings.HasPrefix(name, "pst-") || l.set.Name != name {
 				t.Errorf("listed %q under %q", l.set.Name, name)

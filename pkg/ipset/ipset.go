@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-cni/postern/pkg/nfnetlink"
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
@@ -31,21 +32,23 @@ var (
 const MinRoom = 65536
 
 // Sets is a handle on the kernel's sets in the network namespace in which it was opened. It is not safe for concurrent use.
-type Sets struct{ socket *socket }
+type Sets struct{ socket *nfnetlink.Socket }
 
 // Open opens a netlink socket.
 func Open() (*Sets, error) {
-	s, err := openSocket()
+	socket, err := nfnetlink.Open()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("open ipset: %w", err)
 	}
-	return &Sets{s}, nil
+	return &Sets{socket}, nil
 }
 
 // Close closes the socket.
-func (s *Sets) Close() {
-	unix.Close(s.socket.fd)
-	s.socket.fd = -1 // the number may be another file's by the time of a second call
+func (s *Sets) Close() { s.socket.Close() }
+
+func (s *Sets) begin(command, flags int) []byte {
+	b := s.socket.Begin(unix.NFNL_SUBSYS_IPSET, command, flags, unix.AF_UNSPEC, nl.NFNETLINK_V0)
+	return nfnetlink.Attribute(b, nl.IPSET_ATTR_PROTOCOL, nl.IPSET_PROTOCOL)
 }
 
 // revisions of the types are old ones, as nothing newer is asked of them: any kernel has them, and any ipset program lists them.
@@ -57,21 +60,21 @@ func (s *Sets) Create(set rule.Set, entries int) error {
 	if set.Family == rule.IPv6 {
 		family = unix.AF_INET6
 	}
-	request := s.socket.begin(nl.IPSET_CMD_CREATE, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
-	request = text(request, nl.IPSET_ATTR_SETNAME, set.Name)
-	request = text(request, nl.IPSET_ATTR_TYPENAME, string(set.Type))
-	request = attribute(request, nl.IPSET_ATTR_REVISION, revisions[set.Type])
-	request = attribute(request, nl.IPSET_ATTR_FAMILY, family)
-	request = nested(request, nl.IPSET_ATTR_DATA, func(b []byte) []byte {
-		return number(b, nl.IPSET_ATTR_MAXELEM, uint32(max(MinRoom, 2*entries)))
+	request := s.begin(nl.IPSET_CMD_CREATE, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	request = nfnetlink.Text(request, nl.IPSET_ATTR_SETNAME, set.Name)
+	request = nfnetlink.Text(request, nl.IPSET_ATTR_TYPENAME, string(set.Type))
+	request = nfnetlink.Attribute(request, nl.IPSET_ATTR_REVISION, revisions[set.Type])
+	request = nfnetlink.Attribute(request, nl.IPSET_ATTR_FAMILY, family)
+	request = nfnetlink.Nested(request, nl.IPSET_ATTR_DATA, func(b []byte) []byte {
+		return nfnetlink.Uint32(b, nl.IPSET_ATTR_MAXELEM|unix.NLA_F_NET_BYTEORDER, uint32(max(MinRoom, 2*entries)))
 	})
-	return wrap("create", set.Name, s.socket.ask(request, nil))
+	return wrap("create", set.Name, s.socket.Ask(request, nil))
 }
 
 // Swap exchanges the contents of two sets of one type and family, at once.
 func (s *Sets) Swap(a, b string) error {
-	request := text(s.socket.begin(nl.IPSET_CMD_SWAP, 0), nl.IPSET_ATTR_SETNAME, a)
-	return wrap("swap", a+" "+b, s.socket.ask(text(request, nl.IPSET_ATTR_SETNAME2, b), nil))
+	request := nfnetlink.Text(s.begin(nl.IPSET_CMD_SWAP, 0), nl.IPSET_ATTR_SETNAME, a)
+	return wrap("swap", a+" "+b, s.socket.Ask(nfnetlink.Text(request, nl.IPSET_ATTR_SETNAME2, b), nil))
 }
 
 // Flush empties a set.
@@ -87,8 +90,8 @@ func (s *Sets) Destroy(name string) error {
 }
 
 func (s *Sets) whole(verb string, command int, name string) error {
-	request := text(s.socket.begin(command, 0), nl.IPSET_ATTR_SETNAME, name)
-	return wrap(verb, name, s.socket.ask(request, nil))
+	request := nfnetlink.Text(s.begin(command, 0), nl.IPSET_ATTR_SETNAME, name)
+	return wrap(verb, name, s.socket.Ask(request, nil))
 }
 
 // wrap turns the kernel's numbers (linux/netfilter/ipset/ip_set.h) into this package's errors.
@@ -96,9 +99,10 @@ func wrap(verb, object string, err error) error {
 	if err == nil {
 		return nil
 	}
-	var code nl.IPSetError
-	if errors.As(err, &code) {
-		switch uintptr(code) {
+	var code unix.Errno
+	if errors.As(err, &code) && code >= nl.IPSET_ERR_PRIVATE {
+		err = nl.IPSetError(code) // the same in words
+		switch code {
 		case nl.IPSET_ERR_TYPE_SPECIFIC:
 			return fmt.Errorf("ipset %s %s: %w (%v)", verb, object, ErrFull, err)
 		case nl.IPSET_ERR_BUSY, nl.IPSET_ERR_REFERENCED:

@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-cni/postern/pkg/nfnetlink"
 	"github.com/postern-cni/postern/pkg/nlevents"
 	"github.com/postern-cni/postern/pkg/rule"
 )
@@ -71,13 +72,13 @@ type listing struct {
 func (s *Sets) dump(prefix string, flags uint32) (found map[string]*listing, err error) {
 	const tries = 5
 	for range tries {
-		request := s.socket.begin(nl.IPSET_CMD_LIST, unix.NLM_F_DUMP)
+		request := s.begin(nl.IPSET_CMD_LIST, unix.NLM_F_DUMP)
 		if flags != 0 {
-			request = number(request, nl.IPSET_ATTR_FLAGS, flags)
+			request = nfnetlink.Uint32(request, nl.IPSET_ATTR_FLAGS|unix.NLA_F_NET_BYTEORDER, flags)
 		}
 		found = map[string]*listing{}
-		err = s.socket.ask(request, func(message []byte) { read(message, prefix, found) })
-		if !errors.Is(err, nl.ErrDumpInterrupted) {
+		err = s.socket.Ask(request, func(attributes []byte) { read(attributes, prefix, found) })
+		if !errors.Is(err, nfnetlink.ErrInterrupted) {
 			break
 		}
 	}
@@ -85,13 +86,10 @@ func (s *Sets) dump(prefix string, flags uint32) (found map[string]*listing, err
 }
 
 // read takes in one message: the header of a set whose name begins with the prefix, or some of its entries, or both.
-func read(message []byte, prefix string, found map[string]*listing) {
-	if len(message) < nl.SizeofNfgenmsg {
-		return
-	}
+func read(attributes []byte, prefix string, found map[string]*listing) {
 	var l *listing
 	name := ""
-	nlevents.Attributes(message[nl.SizeofNfgenmsg:], func(typ uint16, value []byte) {
+	nlevents.Attributes(attributes, func(typ uint16, value []byte) {
 		if typ == nl.IPSET_ATTR_SETNAME {
 			name = zeroTerminated(value)
 			if l = found[name]; l == nil && strings.HasPrefix(name, prefix) {

@@ -2,41 +2,63 @@ package conntrack
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
+	"slices"
 	"testing"
 
-	"github.com/postern-cni/postern/pkg/nettest"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/postern-cni/postern/pkg/nettest"
+	"github.com/postern-cni/postern/pkg/nfnetlink"
 )
 
 func TestMain(m *testing.M) { nettest.Main(m) }
 
 // create puts a UDP flow into the table of the calling thread's namespace.
-func create(t *testing.T, zone uint16, orig, reply Tuple) {
+func create(t testing.TB, zone uint16, orig, reply Tuple) {
+	t.Helper()
+	ct, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ct.Close()
+	ports := func(tuple Tuple) func([]byte) []byte {
+		return func(b []byte) []byte {
+			b = nfnetlink.Attribute(b, nl.CTA_PROTO_NUM, unix.IPPROTO_UDP)
+			b = nfnetlink.Uint16(b, nl.CTA_PROTO_SRC_PORT, tuple.Src.Port())
+			return nfnetlink.Uint16(b, nl.CTA_PROTO_DST_PORT, tuple.Dst.Port())
+		}
+	}
+	ct.create(t, zone, orig, reply, ports(orig), ports(reply))
+}
+
+// create makes a flow with what is said of its protocol in each direction.
+func (ct table) create(t testing.TB, zone uint16, orig, reply Tuple, origProto, replyProto func([]byte) []byte) {
 	t.Helper()
 	fam := family(orig.Src.Addr())
-	src, dst := nl.CTA_IP_V4_SRC, nl.CTA_IP_V4_DST
+	src, dst := uint16(nl.CTA_IP_V4_SRC), uint16(nl.CTA_IP_V4_DST)
 	if fam == unix.AF_INET6 {
 		src, dst = nl.CTA_IP_V6_SRC, nl.CTA_IP_V6_DST
 	}
-	req := request(nl.IPCTNL_MSG_CT_NEW, fam, unix.NLM_F_ACK|unix.NLM_F_CREATE|unix.NLM_F_EXCL)
-	for kind, tuple := range map[int]Tuple{nl.CTA_TUPLE_ORIG: orig, nl.CTA_TUPLE_REPLY: reply} {
-		a := nl.NewRtAttr(kind|unix.NLA_F_NESTED, nil)
-		ip := a.AddRtAttr(nl.CTA_TUPLE_IP|unix.NLA_F_NESTED, nil)
-		ip.AddRtAttr(src, tuple.Src.Addr().AsSlice())
-		ip.AddRtAttr(dst, tuple.Dst.Addr().AsSlice())
-		p := a.AddRtAttr(nl.CTA_TUPLE_PROTO|unix.NLA_F_NESTED, nil)
-		p.AddRtAttr(nl.CTA_PROTO_NUM, nl.Uint8Attr(unix.IPPROTO_UDP))
-		p.AddRtAttr(nl.CTA_PROTO_SRC_PORT, nl.BEUint16Attr(tuple.Src.Port()))
-		p.AddRtAttr(nl.CTA_PROTO_DST_PORT, nl.BEUint16Attr(tuple.Dst.Port()))
-		req.AddData(a)
+	add := func(b []byte, kind uint16, tuple Tuple, proto func([]byte) []byte) []byte {
+		return nfnetlink.Nested(b, kind, func(b []byte) []byte {
+			b = nfnetlink.Nested(b, nl.CTA_TUPLE_IP, func(b []byte) []byte {
+				b = nfnetlink.Attribute(b, src, tuple.Src.Addr().AsSlice()...)
+				return nfnetlink.Attribute(b, dst, tuple.Dst.Addr().AsSlice()...)
+			})
+			return nfnetlink.Nested(b, nl.CTA_TUPLE_PROTO, proto)
+		})
 	}
-	req.AddData(nl.NewRtAttr(nl.CTA_TIMEOUT, nl.BEUint32Attr(600)))
+	request := ct.begin(nl.IPCTNL_MSG_CT_NEW, fam, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	request = add(request, nl.CTA_TUPLE_ORIG, orig, origProto)
+	request = add(request, nl.CTA_TUPLE_REPLY, reply, replyProto)
+	request = nfnetlink.Uint32(request, nl.CTA_TIMEOUT, 600)
 	if zone != 0 {
-		req.AddData(nl.NewRtAttr(nl.CTA_ZONE, nl.BEUint16Attr(zone)))
+		request = nfnetlink.Uint16(request, nl.CTA_ZONE, zone)
 	}
-	if _, err := req.Execute(unix.NETLINK_NETFILTER, 0); err != nil {
+	if err := ct.Ask(request, nil); err != nil {
 		t.Fatalf("create flow %v: %v", orig, err)
 	}
 }
@@ -46,8 +68,8 @@ func flow(src, dst, replySrc, replyDst string) (Tuple, Tuple) {
 	return Tuple{p(src), p(dst)}, Tuple{p(replySrc), p(replyDst)}
 }
 
-// table fills the namespace with flows; each names what is special about it by its source port.
-func table(t *testing.T) {
+// someFlows fills the namespace with flows; each names what is special about it by its source port.
+func someFlows(t *testing.T) {
 	t.Helper()
 	add := func(zone uint16, src, dst, replySrc, replyDst string) {
 		o, r := flow(src, dst, replySrc, replyDst)
@@ -110,12 +132,17 @@ func TestDeletionTakesTheFlowsItNamesAndNoOther(t *testing.T) {
 		{"port at an address", func() error { return DeleteUDPPort(8053, a("10.0.0.8")) }, []uint16{3}},
 		{"port at an IPv6 address", func() error { return DeleteUDPPort(8053, a("fd00::4")) }, []uint16{8}},
 		{"dump and delete, as on kernels without the filter", func() error {
-			return deleteEach(unix.AF_INET, func(f Flow) bool { return f.touches(func(x netip.Addr) bool { return x == a("10.0.0.1") }) })
+			ct, err := open()
+			if err != nil {
+				return err
+			}
+			defer ct.Close()
+			return ct.deleteEach(addressFilters(a("10.0.0.1")))
 		}, []uint16{1, 2, 3, 4}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			nettest.NewNS(t, "ct").Do(t, func() {
-				table(t)
+				someFlows(t)
 				if err := tt.delete(); err != nil {
 					t.Fatal(err)
 				}
@@ -125,11 +152,129 @@ func TestDeletionTakesTheFlowsItNamesAndNoOther(t *testing.T) {
 	}
 }
 
+// ping makes a flow of ICMP echo requests with an identifier.
+func ping(t *testing.T, src, dst string, id uint16) {
+	t.Helper()
+	ct, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ct.Close()
+	const (
+		ctaProtoICMPID   = 4 // type and code are the next two
+		ctaProtoICMPv6ID = 7
+	)
+	proto, first, request, reply := byte(unix.IPPROTO_ICMP), uint16(ctaProtoICMPID), byte(8), byte(0)
+	if family(netip.MustParseAddr(src)) == unix.AF_INET6 {
+		proto, first, request, reply = unix.IPPROTO_ICMPV6, ctaProtoICMPv6ID, 128, 129
+	}
+	echo := func(typ byte) func([]byte) []byte {
+		return func(b []byte) []byte {
+			b = nfnetlink.Uint16(nfnetlink.Attribute(b, nl.CTA_PROTO_NUM, proto), first, id)
+			return nfnetlink.Attribute(nfnetlink.Attribute(b, first+1, typ), first+2, 0)
+		}
+	}
+	from, to := netip.AddrPortFrom(netip.MustParseAddr(src), 0), netip.AddrPortFrom(netip.MustParseAddr(dst), 0)
+	ct.create(t, 0, Tuple{from, to}, Tuple{to, from}, echo(request), echo(reply))
+}
+
 func TestListFindsAnAddressInEitherDirection(t *testing.T) {
 	nettest.NewNS(t, "ct").Do(t, func() {
-		table(t)
+		someFlows(t)
 		if got := ports(t, netip.MustParseAddr("10.0.0.1")); len(got) != 4 || !got[1] || !got[2] || !got[3] || !got[4] {
 			t.Errorf("flows of 10.0.0.1: %v, want 1 to 4", got)
+		}
+	})
+}
+
+func TestListGivesEachFlowOfItsAddressesOnceAndNoOther(t *testing.T) {
+	nettest.NewNS(t, "ct").Do(t, func() {
+		someFlows(t)
+		ping(t, "10.0.0.1", "10.0.0.2", 1) // two that differ in the identifier alone
+		ping(t, "10.0.0.1", "10.0.0.2", 2)
+		ping(t, "10.0.0.1", "10.0.0.1", 3)
+		ping(t, "fd00::1", "fd00::2", 1)
+		ping(t, "fd00::1", "fd00::2", 2)
+		all, err := List()
+		if err != nil || len(all) != 15 {
+			t.Fatalf("%d flows, want 15: %v, %v", len(all), all, err)
+		}
+		a := netip.MustParseAddr
+		for _, addrs := range [][]netip.Addr{
+			{a("10.0.0.1")}, {a("::ffff:10.0.0.1")}, {a("10.0.0.1"), a("10.0.0.1")}, {a("10.0.0.2")}, {a("10.0.0.8")}, {a("192.0.2.1")},
+			{a("fd00::1")}, {a("fd00::4")}, {a("2001:db8::1")},
+			{a("10.0.0.1"), a("10.0.0.3")}, {a("fd00::1"), a("fd00::5")}, {a("10.0.0.4"), a("fd00::3")},
+		} {
+			want := map[Flow]bool{}
+			for _, f := range all {
+				if f.touches(func(end netip.Addr) bool {
+					return slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap() == end })
+				}) {
+					want[f] = true
+				}
+			}
+			flows, err := List(addrs...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := map[Flow]bool{}
+			for _, f := range flows {
+				got[f] = true
+			}
+			if len(flows) != len(got) || !maps.Equal(got, want) {
+				t.Errorf("flows of %v: %v, want those of %v", addrs, flows, slices.Collect(maps.Keys(want)))
+			}
+		}
+	})
+}
+
+func TestAFlowOfPingsIsDeletedByItsIdentifier(t *testing.T) {
+	nettest.NewNS(t, "ct").Do(t, func() {
+		for _, ends := range [][2]string{{"10.0.0.1", "10.0.0.2"}, {"fd00::1", "fd00::2"}} {
+			ping(t, ends[0], ends[1], 1)
+			ping(t, ends[0], ends[1], 2)
+			flows, err := List(netip.MustParseAddr(ends[0]))
+			if err != nil || len(flows) != 2 {
+				t.Fatalf("flows of %s: %v, %v; want 2", ends[0], flows, err)
+			}
+			if err := Delete(flows[0]); err != nil {
+				t.Fatal(err)
+			}
+			if left, err := List(netip.MustParseAddr(ends[0])); err != nil || len(left) != 1 || left[0] != flows[1] {
+				t.Errorf("flows of %s: %v, %v; want %v", ends[0], left, err, flows[1])
+			}
+		}
+	})
+}
+
+// With this defect mended in the kernel, deletions of IPv6 addresses could go the way of IPv4, if there were a way to tell.
+func TestTheKernelsFilterFindsEveryIPv6FlowButThoseAskedFor(t *testing.T) {
+	nettest.NewNS(t, "ct").Do(t, func() {
+		someFlows(t)
+		ct, err := open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ct.Close()
+		filter := addressFilters(netip.MustParseAddr("fd00::1"))[0] // by the original source, which one flow of three has
+		var right, wrong int
+		request := filter.append(ct.begin(nl.IPCTNL_MSG_CT_GET, unix.AF_INET6, unix.NLM_F_DUMP))
+		if err := ct.Ask(request, func(attributes []byte) {
+			if f, _, err := parseFlow(attributes); err != nil {
+				t.Error(err)
+			} else if filter.finds(f) {
+				right++
+			} else {
+				wrong++
+			}
+		}); err != nil {
+			t.Skipf("this kernel does not filter dumps: %v", err)
+		}
+		if wrong == 0 || right == 1 {
+			t.Skip("this kernel compares IPv6 addresses as it should, or not at all")
+		}
+		if right != 0 || wrong != 2 {
+			t.Errorf("found %d flows of the address and %d others, want none and 2", right, wrong)
 		}
 	})
 }
@@ -161,14 +306,18 @@ func TestDeleteLeavesAFlowThatTookTheDeletedOnesPlace(t *testing.T) {
 // What a kernel without CTA_FILTER sees is the same message less that attribute.
 func TestKernelWithoutTheFilterDeletesNothing(t *testing.T) {
 	nettest.NewNS(t, "ct").Do(t, func() {
-		table(t)
+		someFlows(t)
 		addr := netip.MustParseAddr("10.0.0.8")
 		filters := append(addressFilters(netip.MustParseAddr("10.0.0.1")),
-			udpPortFilter(unix.AF_INET, 8053, addr, true), udpPortFilter(unix.AF_INET, 8053, netip.Addr{}, false))
+			udpPortFilter(unix.AF_INET, 8053, addr), udpPortFilter(unix.AF_INET, 8053, netip.Addr{}))
+		ct, err := open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ct.Close()
 		for _, f := range filters {
-			req := request(nl.IPCTNL_MSG_CT_DELETE, f.family, unix.NLM_F_ACK)
-			req.AddData(f.tuple)
-			if _, err := req.Execute(unix.NETLINK_NETFILTER, 0); !errors.Is(err, unix.EINVAL) {
+			request := append(ct.begin(nl.IPCTNL_MSG_CT_DELETE, f.family, 0), f.tuple...)
+			if err := ct.Ask(request, nil); !errors.Is(err, unix.EINVAL) {
 				t.Errorf("flags %#x: %v, want EINVAL", f.flags, err)
 			}
 		}
@@ -182,4 +331,31 @@ func TestDeleteAddressRefusesWhatIsNoHost(t *testing.T) {
 			t.Errorf("DeleteAddress(%v) succeeded", a)
 		}
 	}
+}
+
+// FuzzFlow reads what a kernel might send: nothing of it makes the reader panic, or is a flow without addresses.
+func FuzzFlow(f *testing.F) {
+	nettest.NewNS(f, "ct").Do(f, func() {
+		ct, err := open()
+		if err != nil {
+			f.Fatal(err)
+		}
+		defer ct.Close()
+		for _, ends := range [][4]string{{"10.0.0.9:3", "10.0.0.8:8053", "10.0.0.1:53", "10.0.0.9:3"},
+			{"[fd00::1]:7", "[fd00::2]:8053", "[fd00::2]:8053", "[fd00::1]:7"}} {
+			orig, reply := flow(ends[0], ends[1], ends[2], ends[3])
+			create(f, 7, orig, reply)
+		}
+		for _, fam := range families {
+			if err := ct.Ask(ct.begin(nl.IPCTNL_MSG_CT_GET, fam, unix.NLM_F_DUMP), func(b []byte) { f.Add(slices.Clone(b)) }); err != nil {
+				f.Fatal(err)
+			}
+		}
+	})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		flow, _, err := parseFlow(b)
+		if err == nil && !(flow.Orig.Src.IsValid() && flow.Orig.Dst.IsValid() && flow.Reply.Src.IsValid() && flow.Reply.Dst.IsValid()) {
+			t.Errorf("a flow without an address: %v", flow)
+		}
+	})
 }

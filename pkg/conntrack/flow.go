@@ -7,6 +7,8 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/postern-cni/postern/pkg/nlevents"
 )
 
 // Tuple is one direction of a flow as its packets show it. Ports are 0 for protocols that have none.
@@ -43,77 +45,52 @@ const (
 	filterIPDst        = 1 << 1
 	filterProtoNum     = 1 << 3
 	filterProtoDstPort = 1 << 5
-
-	typeMask = 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 )
 
-// attributes splits a message into its attributes by type.
-func attributes(b []byte) (map[uint16][]byte, error) {
-	list, err := nl.ParseRouteAttr(b)
-	if err != nil {
-		return nil, err
+// parseFlow reads the attributes of one message of a dump. Its tuple is valid as long as they are.
+func parseFlow(attributes []byte) (f Flow, tuple []byte, err error) {
+	var hasOrig, hasReply bool
+	nlevents.Attributes(attributes, func(typ uint16, value []byte) {
+		switch {
+		case typ == nl.CTA_TUPLE_ORIG:
+			tuple = value
+			f.Orig, f.Proto, hasOrig = parseTuple(value)
+		case typ == nl.CTA_TUPLE_REPLY:
+			f.Reply, _, hasReply = parseTuple(value)
+		case typ == nl.CTA_ZONE && len(value) == 2:
+			f.Zone = binary.BigEndian.Uint16(value)
+		case typ == nl.CTA_ID && len(value) == 4:
+			f.ID = binary.BigEndian.Uint32(value)
+		}
+	})
+	if !hasOrig || !hasReply {
+		return Flow{}, nil, fmt.Errorf("a flow without both its tuples: %x", attributes)
 	}
-	m := make(map[uint16][]byte, len(list))
-	for _, a := range list {
-		m[a.Attr.Type&typeMask] = a.Value
-	}
-	return m, nil
+	return f, tuple, nil
 }
 
-// parseFlow reads one message of a dump, after the netlink header.
-func parseFlow(msg []byte) (Flow, error) {
-	if len(msg) < nl.SizeofNfgenmsg {
-		return Flow{}, fmt.Errorf("message of %d bytes", len(msg))
-	}
-	attrs, err := attributes(msg[nl.SizeofNfgenmsg:])
-	if err != nil {
-		return Flow{}, err
-	}
-	f := Flow{tuple: string(attrs[nl.CTA_TUPLE_ORIG])}
-	if f.Orig, f.Proto, err = parseTuple(attrs[nl.CTA_TUPLE_ORIG]); err != nil {
-		return Flow{}, fmt.Errorf("original tuple: %w", err)
-	}
-	if f.Reply, _, err = parseTuple(attrs[nl.CTA_TUPLE_REPLY]); err != nil {
-		return Flow{}, fmt.Errorf("reply tuple: %w", err)
-	}
-	if z := attrs[nl.CTA_ZONE]; len(z) == 2 {
-		f.Zone = binary.BigEndian.Uint16(z)
-	}
-	if id := attrs[nl.CTA_ID]; len(id) == 4 {
-		f.ID = binary.BigEndian.Uint32(id)
-	}
-	return f, nil
-}
-
-func parseTuple(b []byte) (Tuple, uint8, error) {
-	parts, err := attributes(b)
-	if err != nil {
-		return Tuple{}, 0, err
-	}
-	ip, err := attributes(parts[nl.CTA_TUPLE_IP])
-	if err != nil {
-		return Tuple{}, 0, err
-	}
-	proto, err := attributes(parts[nl.CTA_TUPLE_PROTO])
-	if err != nil {
-		return Tuple{}, 0, err
-	}
-	src, ok := netip.AddrFromSlice(append(ip[nl.CTA_IP_V4_SRC], ip[nl.CTA_IP_V6_SRC]...))
-	dst, ok2 := netip.AddrFromSlice(append(ip[nl.CTA_IP_V4_DST], ip[nl.CTA_IP_V6_DST]...))
-	if !ok || !ok2 || len(proto[nl.CTA_PROTO_NUM]) != 1 {
-		return Tuple{}, 0, fmt.Errorf("incomplete")
-	}
-	return Tuple{
-		netip.AddrPortFrom(src, port(proto[nl.CTA_PROTO_SRC_PORT])),
-		netip.AddrPortFrom(dst, port(proto[nl.CTA_PROTO_DST_PORT])),
-	}, proto[nl.CTA_PROTO_NUM][0], nil
-}
-
-func port(b []byte) uint16 {
-	if len(b) != 2 {
-		return 0
-	}
-	return binary.BigEndian.Uint16(b)
+func parseTuple(b []byte) (t Tuple, proto uint8, ok bool) {
+	var src, dst netip.Addr
+	var srcPort, dstPort uint16
+	hasProto := false
+	nlevents.Attributes(b, func(part uint16, b []byte) {
+		nlevents.Attributes(b, func(typ uint16, value []byte) {
+			switch {
+			case part == nl.CTA_TUPLE_IP && (typ == nl.CTA_IP_V4_SRC || typ == nl.CTA_IP_V6_SRC):
+				src, _ = netip.AddrFromSlice(value)
+			case part == nl.CTA_TUPLE_IP && (typ == nl.CTA_IP_V4_DST || typ == nl.CTA_IP_V6_DST):
+				dst, _ = netip.AddrFromSlice(value)
+			case part == nl.CTA_TUPLE_PROTO && typ == nl.CTA_PROTO_NUM && len(value) == 1:
+				proto, hasProto = value[0], true
+			case part == nl.CTA_TUPLE_PROTO && typ == nl.CTA_PROTO_SRC_PORT && len(value) == 2:
+				srcPort = binary.BigEndian.Uint16(value)
+			case part == nl.CTA_TUPLE_PROTO && typ == nl.CTA_PROTO_DST_PORT && len(value) == 2:
+				dstPort = binary.BigEndian.Uint16(value)
+			}
+		})
+	})
+	t = Tuple{netip.AddrPortFrom(src, srcPort), netip.AddrPortFrom(dst, dstPort)}
+	return t, proto, src.IsValid() && dst.IsValid() && hasProto
 }
 
 // family returns the address family of netlink for an address.

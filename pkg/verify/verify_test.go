@@ -15,7 +15,7 @@ func TestMain(m *testing.M) { nettest.Main(m) }
 
 // quick are sizes for every day; `make verify` has larger ones.
 func quick(t *testing.T) (options, *printer) {
-	return options{packets: enough, kernelPackets: 400, seed: 1}, &printer{out: t.Output()}
+	return options{packets: enough, kernelPackets: 400, walks: 10, seed: 1}, &printer{out: t.Output()}
 }
 
 // What the compiled rules and sets let pass, what the model allows, and what the API's words mean are one.

@@ -29,6 +29,7 @@ const (
 	forPackets
 	forKernel
 	forMutants
+	forSteps
 )
 
 func (d dice) chance(n int) bool { return d.IntN(n) == 0 }

@@ -90,7 +90,7 @@ func (h *held) differs(want *held) string {
 			return slices.EqualFunc(a, b, func(a, b rule.Rule) bool { return reflect.DeepEqual(a, b) })
 		})
 	}
-	differences(&list, "set", h.sets, want.sets, func(a, b heldSet) bool { return a.typ == b.typ && maps.Equal(a.entries, b.entries) })
+	differences(&list, "set", h.sets, want.sets, heldSet.equal)
 	slices.Sort(list)
 	return strings.Join(list, "\n")
 }
@@ -109,6 +109,8 @@ func differences[V any](list *[]string, kind string, is, want map[string]V, equa
 		}
 	}
 }
+
+func (s heldSet) equal(o heldSet) bool { return s.typ == o.typ && maps.Equal(s.entries, o.entries) }
 
 func (s heldSet) String() string {
 	var list []string

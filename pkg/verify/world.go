@@ -30,6 +30,7 @@ const (
 	forKernel
 	forMutants
 	forSteps
+	forWalks
 )
 
 func (d dice) chance(n int) bool { return d.IntN(n) == 0 }

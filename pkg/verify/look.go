@@ -35,7 +35,7 @@ func (t *tables) sides(p flight, f rule.Family) sides {
 }
 
 // packetsOfALook are as many as a look at the kernel between two steps of a pass asks about.
-const packetsOfALook = 150
+const packetsOfALook = 500
 
 // leak asks rules and sets, as they are in the kernel at some moment of a pass, about packets: who passes must be let pass by the
 // objects and records of one of these moments. If there are no more than two, before and after a change, both ends must be of

@@ -44,7 +44,38 @@ func verifyMutants(o options, p *printer) (bool, error) {
 	}
 	p.line("%d mutations by the rules, %d by packets through the kernel: %d not found (%.0f s)", len(all), kernels, missed,
 		time.Since(p.begin).Seconds())
-	return missed == 0, nil
+	lost, err := walkMutants(o, p)
+	return missed+lost == 0, err
+}
+
+// walkMutants breaks the way instead of the picture: the incremental one first, then the engine's.
+func walkMutants(o options, p *printer) (missed int, err error) {
+	p.line("\nMistakes on the way, by walks of patches:")
+	patches := spoilers()
+	for i := range patches {
+		text, found := patches[i].search(o)
+		if !found {
+			missed++
+		}
+		p.line("%-8s  %-70s  %s", "line 15", patches[i].name, text)
+	}
+	p.line("\nMistakes on the way, by walks through the engine:")
+	engines := 0
+	for _, b := range saboteurs() {
+		for _, backend := range o.backends {
+			text, found, err := b.search(o, backend)
+			if err != nil {
+				return 0, fmt.Errorf("%s: %s: %w", b.name, backend, err)
+			}
+			if engines++; !found {
+				missed++
+			}
+			p.line("%-8s  %-70s  %s: %s", "line 15", b.name, backend, text)
+		}
+	}
+	p.line("%d mistakes by patches, %d through the engine: %d not found (%.0f s)", len(patches), engines, missed,
+		time.Since(p.begin).Seconds())
+	return missed, nil
 }
 
 func mutationNamed(name string) *mutation {

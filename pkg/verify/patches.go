@@ -329,4 +329,4 @@ func foundWalk(which string, steps []step, text string) string {
 const stepsOfAWalk = 30
 
 // patchWalks are so many: they are fast.
-func (o options) patchWalks() int { return 20 * o.walks }
+func (o options) patchWalks() int { return 10 * o.walks }

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
+	"slices"
 
 	"github.com/postern-cni/postern/pkg/ipset"
 	"github.com/postern-cni/postern/pkg/rule"
@@ -25,23 +25,32 @@ func (k *kernel) tamper(ctx context.Context, d dice) (string, error) {
 	for name := range a.Chains {
 		chains = append(chains, name)
 	}
-	chain := one(d, append(chains, "FORWARD")...)
+	if len(chains) == 0 {
+		return "nothing: there are no chains", nil
+	}
+	slices.Sort(chains)
+	chain, builtIn := one(d, chains...), "FORWARD"
 	if table == rule.Raw {
-		chain = one(d, append(chains, "PREROUTING")...)
+		builtIn = "PREROUTING"
 	}
 	nobody := map[rule.Family]string{rule.IPv4: "203.0.113.99", rule.IPv6: "2001:db8::99"}[f]
 	lines := one(d,
 		"-F",
+		"-F "+builtIn,
 		"-F "+chain,
 		"-F "+chain,
 		"-A "+chain+" -s "+nobody+" -j RETURN",
+		"-D "+chain+" 1\n-I "+chain+" 1 -s "+nobody+" -j RETURN",
 		":PST-I-0123456789ab - [0:0]\n-A PST-I-0123456789ab -j ACCEPT",
 	)
 	if table == rule.Mangle && d.chance(5) {
 		lines = "-I FORWARD 1 -s " + nobody + " -j RETURN" // before our hook, which is to be the first
 	}
-	err = k.tables[f].Restore(ctx, fmt.Sprintf("*%s\n%s\nCOMMIT\n", table, lines))
-	return fmt.Sprintf("%s, table %s: %q", f, table, lines), err
+	what := fmt.Sprintf("%s, table %s: %q", f, table, lines)
+	if err := k.tables[f].Restore(ctx, fmt.Sprintf("*%s\n%s\nCOMMIT\n", table, lines)); err != nil {
+		what += ", refused" // the chain is gone or empty by now
+	}
+	return what, nil
 }
 
 func (k *kernel) tamperWithSets(f rule.Family, d dice) (string, error) {
@@ -63,7 +72,7 @@ func (k *kernel) tamperWithSets(f rule.Family, d dice) (string, error) {
 	if f == rule.IPv6 {
 		address = addressPair(movingAddresses)[1]
 	}
-	foreign := rule.Entry{Prefix: netip.PrefixFrom(address, address.BitLen())}
+	foreign := rule.Entry{Prefix: single(address)}
 	switch s.Type {
 	case rule.HashNetIface:
 		foreign.Iface = "pst0123456789ab"

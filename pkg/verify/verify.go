@@ -20,6 +20,7 @@ type options struct {
 	seed                          uint64
 	backends                      []iptables.Backend
 	mutants                       bool
+	walkHere                      bool
 	// broken is a mutation to prove something else under: that the proof fails.
 	broken *mutation
 }
@@ -42,6 +43,13 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	if err != nil {
 		return exitUsage
 	}
+	if o.walkHere {
+		if err := walkHere(o, stdout); err != nil {
+			fmt.Fprintln(stderr, "verify:", err)
+			return exitFailed
+		}
+		return exitOK
+	}
 	p := &printer{out: stdout, begin: time.Now()}
 	run := verifyAll
 	if o.mutants {
@@ -63,9 +71,11 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	flags.SetOutput(stderr)
 	flags.IntVar(&o.packets, "packets", 1000000, "`how many` packets to ask rules and words about")
 	flags.IntVar(&o.kernelPackets, "kernel-packets", 4000, "`how many` packets to send through the kernel, for each backend")
-	flags.IntVar(&o.walks, "walks", 0, "`how many` random walks of events through the engine")
+	flags.IntVar(&o.walks, "walks", 100,
+		"`how many` random walks of events through the engine, for each backend; by patches alone there are ten times as many")
 	flags.Uint64Var(&o.seed, "seed", 1, "where chance begins: the same `number` makes the same worlds")
 	flags.BoolVar(&o.mutants, "mutants", false, "break one line of the semantics at a time, and see that it is found")
+	flags.BoolVar(&o.walkHere, "walk-here", false, "take the walks of one backend in this network namespace, and answer in JSON")
 	broken := flags.String("break", "", "break the rules by a `mutation` that -mutants names: then the proof must fail")
 	backend := flags.String("backend", "both", "iptables `backend` of the kernel's part: nft, legacy or both")
 	if err := flags.Parse(args); err != nil {
@@ -145,8 +155,9 @@ func verifyAll(o options, p *printer) (bool, error) {
 			k.packets, k.worlds, passed, dropped, k.packets-passed-dropped, time.Since(p.begin).Seconds())
 	}
 	parts = append(parts, kernel...)
-	if o.walks > 0 {
-		p.line("walks: 0 of %d: there are no random walks yet", o.walks)
+	walks, err := checkWalks(o, p)
+	if err != nil {
+		return false, err
 	}
 	packets, worlds, differences := 0, 0, 0
 	for _, part := range parts {
@@ -156,9 +167,18 @@ func verifyAll(o options, p *printer) (bool, error) {
 			p.line("\n%s", part.found)
 		}
 	}
+	for _, w := range walks {
+		if w.Found != "" {
+			differences++
+			p.line("\n%s", w.Found)
+		}
+	}
 	if missing := lacking(o, rules, kernel); differences == 0 && len(missing) > 0 {
 		return false, fmt.Errorf("these kinds of packets did not occur, so that agreement says nothing of them: %s",
 			strings.Join(missing, "; "))
+	}
+	if o.walks > 0 {
+		p.line("walked %v", sumOf(walks))
 	}
 	p.line("checked %d packets in %d clusters: %d divergences", packets, worlds, differences)
 	return differences == 0, nil

@@ -66,8 +66,10 @@ type walker struct {
 	crash    context.CancelFunc // of what waits for the engine
 	inForce  bool               // the kernel was brought up to date once
 	tampered bool               // somebody else changed the kernel, and it was not seen to be repaired
-	// In so many askings of the hook there will be a look at the kernel, a failure, a crash; 0 is never.
+	// In so many askings of the hook there will be a failure, a crash, and, of those that begin another kind of steps, a look at the
+	// kernel; 0 is never.
 	lookIn, faultIn, crashIn int
+	last                     string // what the hook was asked about last
 	found                    string
 }
 
@@ -86,7 +88,7 @@ func takeWalk(backend iptables.Backend, steps []step, broken *saboteur) (walked,
 		return walked{}, err
 	}
 	defer k.sets.Close()
-	w := &walker{stage: &stage{}, kernel: k, backend: backend, dir: dir, broken: broken, log: &tail{}}
+	w := &walker{stage: &stage{}, kernel: k, backend: backend, dir: dir, broken: broken, log: &tail{}, dice: throw(0, 0, forSteps)}
 	w.Walks = 1
 	ctx := context.Background()
 	if err := w.clean(ctx); err != nil {
@@ -120,11 +122,6 @@ func (w *walker) walk(ctx context.Context, steps []step) error {
 	if err := w.repaired(ctx); err != nil || w.outcome() != "" {
 		return err
 	}
-	if w.broken != nil && w.broken.end != nil {
-		if err := w.broken.end(ctx, w.kernel, w.dice); err != nil {
-			return err
-		}
-	}
 	return w.compareWithFresh(ctx)
 }
 
@@ -137,11 +134,16 @@ func (w *walker) outcome() string {
 // compareWithFresh holds the kernel against what an engine makes of it that begins with the same objects and records, and nothing in
 // the kernel.
 func (w *walker) compareWithFresh(ctx context.Context) error {
-	after, err := w.text(ctx)
-	if err != nil {
+	if err := w.halt(); err != nil {
 		return err
 	}
-	if err := w.halt(); err != nil {
+	if w.broken != nil && w.broken.end != nil {
+		if err := w.broken.end(ctx, w.kernel, w.dice); err != nil && !errors.Is(err, errNothing) {
+			return err
+		}
+	}
+	after, err := w.text(ctx)
+	if err != nil {
 		return err
 	}
 	if err := dataplane.Cleanup(ctx); err != nil { // what is not ours stays, for both
@@ -215,8 +217,9 @@ func (w *walker) hook(name string) error {
 			return err
 		}
 	}
-	if due(&w.lookIn) && w.inForce && !w.tampered && w.found == "" {
-		w.lookIn = 1 + w.dice.IntN(30)
+	other := w.last != name
+	if w.last = name; (other || w.dice.chance(15)) && due(&w.lookIn) && w.inForce && !w.tampered && w.found == "" {
+		w.lookIn = 1 + w.dice.IntN(8)
 		if err := w.look(name); err != nil {
 			return err
 		}
@@ -290,7 +293,7 @@ func (w *walker) step(ctx context.Context, s step) error {
 	}
 	w.mu.Lock()
 	w.dice = throw(s.chance, 1, forSteps)
-	w.lookIn = 1 + d.IntN(12)
+	w.lookIn = 1 + d.IntN(6)
 	if d.chance(6) {
 		w.faultIn = 1 + d.IntN(12)
 	}
@@ -370,11 +373,13 @@ func (w *walker) detach(ctx context.Context, store *attachment.Store, a *attachm
 	for _, other := range w.now.records {
 		unready = unready && other.HostInterface != a.HostInterface // whose sandbox has the link now
 	}
+	if !unready {
+		return store.Delete(a.Key())
+	}
 	for _, address := range a.Addresses {
-		f := rule.FamilyOf(address)
+		f, e := rule.FamilyOf(address), rule.Entry{Prefix: single(address), Iface: a.HostInterface}
 		for _, set := range []string{rule.ReadySet(f), rule.OpenSet(f, rule.Ingress), rule.OpenSet(f, rule.Egress)} {
-			e := rule.Entry{Prefix: netip.PrefixFrom(address, address.BitLen()), Iface: a.HostInterface}
-			if err := gone(w.sets.Del(set, e)); unready && err != nil {
+			if err := gone(w.sets.Del(set, e)); err != nil {
 				return err
 			}
 		}
@@ -471,6 +476,8 @@ func (w *walker) edit(ctx context.Context, d dice) error {
 	fmt.Fprintf(w.log, "edit: %s\n", what)
 	return nil
 }
+
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // tail keeps the end of what is written.
 type tail struct {

@@ -1,6 +1,8 @@
 package verify
 
 import (
+	"os"
+	"strconv"
 	"testing"
 	"time"
 
@@ -13,7 +15,8 @@ func TestWalksThroughTheEngineEndWhereAFreshStartDoes(t *testing.T) {
 		o, _ := quick(t)
 		var sum walked
 		begin := time.Now()
-		for n := range uint64(o.walks) {
+		from, _ := strconv.Atoi(os.Getenv("FROM"))
+		for n := uint64(from); n < uint64(from+tmpWalks(o.walks)); n++ {
 			got, err := takeWalk(iptables.Backend(backend), walk(throw(o.seed, n, forWalks), stepsOfAWalk), nil)
 			if err != nil {
 				t.Fatal(err)
@@ -25,4 +28,11 @@ func TestWalksThroughTheEngineEndWhereAFreshStartDoes(t *testing.T) {
 		}
 		t.Logf("%+v, %v", sum, time.Since(begin))
 	})
+}
+
+func tmpWalks(n int) int {
+	if s := os.Getenv("W"); s != "" {
+		n, _ = strconv.Atoi(s)
+	}
+	return n
 }

@@ -34,8 +34,8 @@ func (t *tables) sides(p flight, f rule.Family) sides {
 	return s
 }
 
-// packetsOfALook are as many as a look at the kernel between two steps of a pass asks about.
-const packetsOfALook = 500
+// packetsOfALook are as many as a look at a family between two steps of a pass asks about.
+const packetsOfALook = 250
 
 // leak asks rules and sets, as they are in the kernel at some moment of a pass, about packets: who passes must be let pass by the
 // objects and records of one of these moments. If there are no more than two, before and after a change, both ends must be of
@@ -121,7 +121,7 @@ func anyFlight(d dice, ends []end, f rule.Family) (p flight, ok bool) {
 	if len(pods) == 0 {
 		return p, false
 	}
-	from, to := one(d, pods...), one(d, ends...)
+	from, to := one(d, pods...), one(d, one(d, pods, ends)...)
 	if d.chance(2) {
 		from, to = to, from
 	}

@@ -36,3 +36,16 @@ func tmpWalks(n int) int {
 	}
 	return n
 }
+
+func TestEveryMistakeInTheEngineIsFoundByWalks(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		o, _ := quick(t)
+		for _, b := range saboteurs() {
+			text, found, err := b.search(o, iptables.Backend(backend))
+			if err != nil || !found {
+				t.Errorf("%s: %s: %v", b.name, text, err)
+			}
+			t.Logf("%s: %s", b.name, text)
+		}
+	})
+}

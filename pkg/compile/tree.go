@@ -29,32 +29,42 @@ func dispatch(d rule.Direction, isolated []string, f rule.Family) []rule.Chain {
 	return t.chains
 }
 
-// Bridge returns the dispatch chains for the time until some interfaces have joined an open set: they are led to the chains that
-// they still have, besides those whose chains are wanted. Nil if none of them has a chain, and there is nothing to bridge.
+// Bridge returns the dispatch chains for the time until some interfaces have joined an open set, or left it. Who joins is led to the
+// chain that he still has, besides those whose chains are wanted. Who leaves is led to his chain at once, still in the set or not, if
+// chains of the other direction are rewritten: or for a moment a packet's one end would be judged as before and its other end as
+// after, and it would pass where neither lets it. Nil if there is nothing to bridge.
+//
+// wanted are the chains that are wanted, with whether the kernel holds other rules under that name; still says which others it holds.
 func Bridge(
-	f rule.Family, openSet string, joining []string, wanted iter.Seq[string],
+	f rule.Family, openSet string, joining, leaving []string, wanted iter.Seq2[string, bool],
 	still func(chain string) bool,
 ) []rule.Chain {
-	d := rule.Ingress
+	d, opposite := rule.Ingress, rule.Egress
 	if openSet == rule.OpenSet(f, rule.Egress) {
-		d = rule.Egress
+		d, opposite = opposite, d
 	}
-	var links []string
-	for _, link := range joining {
-		if name := ChainOf(d, link); still(name) {
-			links = append(links, link)
+	joining = slices.DeleteFunc(slices.Clone(joining), func(link string) bool { return !still(ChainOf(d, link)) })
+	var isolated []string
+	apart := false // the other end may be let pass what it was not
+	for name, rewritten := range wanted {
+		if hex, ours := strings.CutPrefix(name, ChainOf(d, attachment.GuardedPrefix)); ours {
+			isolated = append(isolated, attachment.GuardedPrefix+hex)
 		}
+		apart = apart || rewritten && strings.HasPrefix(name, ChainOf(opposite, attachment.GuardedPrefix))
 	}
-	if len(links) == 0 {
+	leaving = slices.DeleteFunc(slices.Clone(leaving), func(link string) bool { return !apart || !slices.Contains(isolated, link) })
+	if len(joining)+len(leaving) == 0 {
 		return nil
 	}
-	for name := range wanted {
-		if hex, ours := strings.CutPrefix(name, ChainOf(d, attachment.GuardedPrefix)); ours {
-			links = append(links, attachment.GuardedPrefix+hex)
-		}
-	}
+	links := slices.Concat(joining, isolated)
 	slices.Sort(links)
-	return dispatch(d, slices.Compact(links), f)
+	slices.Sort(leaving)
+	chains := dispatch(d, slices.Compact(links), f)
+	t, entry := &tree{direction: d}, &chains[len(chains)-1]
+	for i, link := range slices.Compact(leaving) {
+		entry.Rules = slices.Insert(entry.Rules, i, rule.Rule{Matches: t.match(link), Action: rule.Goto{Chain: ChainOf(d, link)}})
+	}
+	return chains
 }
 
 // tree finds an interface's chain in a number of steps that grows with the logarithm of the number of pods.

@@ -222,7 +222,7 @@ func (w *work) clearMisfits() error {
 	}
 	for _, table := range w.plane.scope.Tables {
 		for name := range w.f.chains[table] {
-			w.f.todo.chain(table, name)
+			w.f.todo.chain(table, name, rewrite)
 		}
 	}
 	if err := w.eachSet(w.prepare); err != nil {
@@ -327,30 +327,39 @@ func (w *work) noteWritten(changes []iptables.Change, refused map[string]bool) {
 }
 
 // bridge has those who are about to join open sets led to the chains that they still have, or between the rules and the sets they
-// would be neither here nor there.
+// would be neither here nor there; and those who are about to leave led to theirs at once, where other pods' rules change too.
 func (w *work) bridge() {
 	if w.plane.Bridge == nil {
 		return
 	}
-	chains := w.f.chains[rule.Mangle]
+	chains, todo := w.f.chains[rule.Mangle], w.f.todo.chains[rule.Mangle]
 	still := func(name string) bool {
 		_, wanted := chains[name]
-		return !wanted && w.f.todo.chains[rule.Mangle][name]
+		return !wanted && todo[name] != ""
+	}
+	wanted := func(yield func(string, bool) bool) {
+		for name := range chains {
+			if !yield(name, todo[name] == rewrite) {
+				return
+			}
+		}
 	}
 	for name, entries := range w.f.todo.entries {
 		s := w.f.sets[name]
 		if s == nil || s.Role != rule.Open {
 			continue
 		}
-		var joining []string
+		var joining, leaving []string
 		for e := range entries {
 			if s.has[e] {
 				joining = append(joining, e.Iface)
+			} else {
+				leaving = append(leaving, e.Iface)
 			}
 		}
-		for _, chain := range w.plane.Bridge(w.f.tables.Family, name, joining, maps.Keys(chains), still) {
+		for _, chain := range w.plane.Bridge(w.f.tables.Family, name, joining, leaving, wanted, still) {
 			w.interim[chain.Name] = chain.Rules
-			w.f.todo.chain(rule.Mangle, chain.Name)
+			w.f.todo.chain(rule.Mangle, chain.Name, rewrite)
 		}
 	}
 }

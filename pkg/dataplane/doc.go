@@ -4,12 +4,13 @@
 //  1. new sets are created and filled, and the set of local addresses grows;
 //  2. what leaves ready and peer sets is taken out;
 //  3. one iptables-restore a family writes the chains that differ and puts the hooks into their places;
-//  4. what leaves open sets is taken out, for the chains stand now that it is led to;
+//  4. what leaves open sets is taken out, for the chains stand now that it is led to: already by those rules themselves, where they
+//     rewrite chains of the other direction, so that both ends of a packet are judged anew from the same moment;
 //  5. what joins open and peer sets is put in;
 //  6. the caller's judge ends the flows that are not allowed any more;
 //  7. what joins ready sets is put in;
 //  8. chains, then sets, that nobody uses are removed. A pod that is not isolated any more is led to its former chain until it
-//     is in the open set, and only then out of the dispatch tree.
+//     is in the open set, and only then out of the dispatch tree; there, too, ends what led around the open set in step 4.
 //
 // Each step leaves the kernel closed or as it was, so a process killed between any two of them leaves no hole, and the next
 // one reads what is there and writes the difference alone. The families are worked through one after the other and are

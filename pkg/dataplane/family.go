@@ -30,22 +30,30 @@ type set struct {
 
 // todo is what the kernel may not hold as wanted: wanted or not, it is to be looked at by the next Apply.
 type todo struct {
-	chains  map[rule.Table]map[string]bool
+	chains  map[rule.Table]map[string]deed
 	hooks   map[rule.Table][]iptables.ActualHook // those that are there, of tables where they are not as wanted
 	sets    map[string]bool
 	entries map[string]map[rule.Entry]bool
 }
 
+// deed is what is to be done to a chain: a new one made, or one that the kernel may hold rewritten or removed.
+type deed string
+
+const (
+	create  deed = "create"
+	rewrite deed = "rewrite"
+)
+
 func newTodo() *todo {
-	return &todo{chains: map[rule.Table]map[string]bool{}, hooks: map[rule.Table][]iptables.ActualHook{},
+	return &todo{chains: map[rule.Table]map[string]deed{}, hooks: map[rule.Table][]iptables.ActualHook{},
 		sets: map[string]bool{}, entries: map[string]map[rule.Entry]bool{}}
 }
 
-func (t *todo) chain(table rule.Table, name string) {
+func (t *todo) chain(table rule.Table, name string, do deed) {
 	if t.chains[table] == nil {
-		t.chains[table] = map[string]bool{}
+		t.chains[table] = map[string]deed{}
 	}
-	t.chains[table][name] = true
+	t.chains[table][name] = do
 }
 
 func (t *todo) entry(set string, e rule.Entry) {
@@ -104,7 +112,11 @@ func (f *family) change(c *rule.Patch) {
 			default:
 				f.chains[table][name] = rules
 			}
-			f.todo.chain(table, name)
+			if do := f.todo.chains[table][name]; wanted && do != create || do == rewrite {
+				f.todo.chain(table, name, rewrite)
+			} else {
+				f.todo.chain(table, name, create)
+			}
 		}
 	}
 	for name, s := range c.Sets {
@@ -143,9 +155,9 @@ func sameRule(a, b rule.Rule) bool {
 
 // compareTable notes what a table does not hold as wanted, and says what of it was not known to differ.
 func (f *family) compareTable(table rule.Table, is *iptables.Actual, known *todo) (found []Difference) {
-	differs := func(name, how string) {
-		f.todo.chain(table, name)
-		if !known.chains[table][name] {
+	differs := func(name, how string, do deed) {
+		f.todo.chain(table, name, do)
+		if known.chains[table][name] == "" {
 			found = append(found, Difference{What: fmt.Sprintf("%s: chain %s of table %s %s", f.tables.Family, name, table, how)})
 		}
 	}
@@ -153,14 +165,14 @@ func (f *family) compareTable(table rule.Table, is *iptables.Actual, known *todo
 		got, there := is.Chains[name]
 		switch {
 		case !there:
-			differs(name, "is gone")
+			differs(name, "is gone", create)
 		case !slices.EqualFunc(rules, got, iptables.Equal):
-			differs(name, "has other rules")
+			differs(name, "has other rules", rewrite)
 		}
 	}
 	for name := range is.Chains {
 		if _, wanted := f.chains[table][name]; !wanted {
-			differs(name, "is not one that postern has written")
+			differs(name, "is not one that postern has written", rewrite)
 		}
 	}
 	if f.hooked(table, is.Hooks) {

@@ -117,7 +117,6 @@ func (w *work) prepare(s *set) error {
 }
 
 func (w *work) create(s rule.Set, name string, room int) error {
-	w.result.SetMessages++
 	if err := w.plane.fail("set"); err != nil {
 		return err
 	}
@@ -127,23 +126,36 @@ func (w *work) create(s rule.Set, name string, room int) error {
 
 // join adds what is wanted and may not be there. A set without room for it is replaced by a larger one at once.
 func (w *work) join(s *set) error {
-	todo := w.f.todo.entries[s.Name]
-	for e := range todo {
-		if !s.has[e] {
-			continue
+	entries := w.due(s, true)
+	if len(entries) == 0 {
+		return nil
+	}
+	err := w.plane.fail("join")
+	if err == nil {
+		err = w.plane.sets.Add(s.Name, entries...)
+	}
+	if errors.Is(err, ipset.ErrFull) {
+		return w.grow(s)
+	}
+	return w.done(s, entries, err)
+}
+
+// due are the entries of a set that are to be put in, or taken out.
+func (w *work) due(s *set, in bool) (entries []rule.Entry) {
+	for e := range w.f.todo.entries[s.Name] {
+		if s.has[e] == in {
+			entries = append(entries, e)
 		}
-		w.result.SetMessages++
-		err := w.plane.fail("join")
-		if err == nil {
-			err = w.plane.sets.Add(s.Name, e)
-		}
-		if errors.Is(err, ipset.ErrFull) {
-			return w.grow(s)
-		}
-		if err != nil {
-			return err
-		}
-		delete(todo, e)
+	}
+	return entries
+}
+
+func (w *work) done(s *set, entries []rule.Entry, err error) error {
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		delete(w.f.todo.entries[s.Name], e)
 	}
 	return nil
 }
@@ -159,7 +171,6 @@ func (w *work) grow(s *set) error {
 	if err := w.create(s.Set, name, len(s.has)); err != nil {
 		return err
 	}
-	w.result.SetMessages += len(s.has) + 2
 	entries := slices.Collect(maps.Keys(s.has))
 	err := w.plane.sets.Add(name, entries...)
 	if err == nil {
@@ -174,22 +185,16 @@ func (w *work) grow(s *set) error {
 
 // leave takes out what may be there and is not wanted.
 func (w *work) leave(s *set) error {
-	todo := w.f.todo.entries[s.Name]
-	for e := range todo {
-		if s.has[e] {
-			continue
-		}
-		w.result.SetMessages++
-		w.result.Tightened = w.result.Tightened || s.Role == rule.Peers || s.Role == rule.Open
-		if err := w.plane.fail("leave"); err != nil {
-			return err
-		}
-		if err := w.plane.sets.Del(s.Name, e); err != nil {
-			return err
-		}
-		delete(todo, e)
+	entries := w.due(s, false)
+	if len(entries) == 0 {
+		return nil
 	}
-	return nil
+	w.result.Tightened = w.result.Tightened || s.Role == rule.Peers || s.Role == rule.Open
+	err := w.plane.fail("leave")
+	if err == nil {
+		err = w.plane.sets.Del(s.Name, entries...)
+	}
+	return w.done(s, entries, err)
 }
 
 // standing begins the names of sets that stand in for others.
@@ -211,7 +216,6 @@ func (w *work) clearMisfits() error {
 			return err
 		}
 		w.f.held[copied], w.f.todo.sets[copied] = s.Type, true // it goes in the end
-		w.result.SetMessages += len(s.has)
 		if err := w.plane.sets.Add(copied, slices.Collect(maps.Keys(s.has))...); err != nil {
 			return err
 		}
@@ -417,7 +421,6 @@ func (w *work) dropSets() error {
 			continue
 		}
 		if w.f.held[name] != "" {
-			w.result.SetMessages++
 			if err := w.plane.fail("destroy"); err != nil {
 				return err
 			}

@@ -92,10 +92,12 @@ func (r Result) Wrote() bool { return r.Restores+r.SetMessages > 0 }
 // Apply brings the kernel to what is wanted. judge, which may be nil, is called between the rules and the ready sets, once, after
 // the rules of every family that could be written, with what was done so far; if it fails, no pod becomes ready. The error joins
 // what went wrong in each family; the same call again goes on where this one stopped.
-func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (Result, error) {
-	var result Result
+func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (result Result, err error) {
 	if err := p.open(); err != nil {
 		return result, err
+	}
+	if sets := p.sets; sets != nil {
+		defer func(before int) { result.SetMessages = sets.Sent() - before }(sets.Sent())
 	}
 	var works []*work
 	var errs []error

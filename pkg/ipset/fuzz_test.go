@@ -16,7 +16,7 @@ import (
 
 // datagram is what the kernel sends of a set with some entries.
 func datagram(name string, typ rule.SetType, family byte, entries ...rule.Entry) []byte {
-	s := &Sets{&nfnetlink.Socket{}}
+	s := &Sets{socket: &nfnetlink.Socket{}}
 	b := nfnetlink.Text(s.begin(nl.IPSET_CMD_LIST, unix.NLM_F_MULTI), nl.IPSET_ATTR_SETNAME, name)
 	b = nfnetlink.Text(b, nl.IPSET_ATTR_TYPENAME, string(typ))
 	b = nfnetlink.Attribute(b, nl.IPSET_ATTR_FAMILY, family)

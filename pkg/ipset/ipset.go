@@ -32,7 +32,10 @@ var (
 const MinRoom = 65536
 
 // Sets is a handle on the kernel's sets in the network namespace in which it was opened. It is not safe for concurrent use.
-type Sets struct{ socket *nfnetlink.Socket }
+type Sets struct {
+	socket *nfnetlink.Socket
+	sent   int
+}
 
 // Open opens a netlink socket.
 func Open() (*Sets, error) {
@@ -40,13 +43,19 @@ func Open() (*Sets, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open ipset: %w", err)
 	}
-	return &Sets{socket}, nil
+	return &Sets{socket: socket}, nil
 }
 
 // Close closes the socket.
 func (s *Sets) Close() { s.socket.Close() }
 
+// Sent returns how many messages that change something were sent.
+func (s *Sets) Sent() int { return s.sent }
+
 func (s *Sets) begin(command, flags int) []byte {
+	if flags&unix.NLM_F_DUMP == 0 {
+		s.sent++
+	}
 	b := s.socket.Begin(unix.NFNL_SUBSYS_IPSET, command, flags, unix.AF_UNSPEC, nl.NFNETLINK_V0)
 	return nfnetlink.Attribute(b, nl.IPSET_ATTR_PROTOCOL, nl.IPSET_PROTOCOL)
 }

@@ -9,8 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var families = []uint8{unix.AF_INET, unix.AF_INET6}
-
 // DeleteAddress deletes every flow, in every zone, that has the address as source or destination, in its original or its
 // reply direction.
 func DeleteAddress(addr netip.Addr) error {
@@ -28,7 +26,7 @@ func DeleteAddress(addr netip.Addr) error {
 // every address of both families, an unspecified one every address of its family, any other that address alone.
 func DeleteUDPPort(port uint16, hostIP netip.Addr) error {
 	hostIP = hostIP.Unmap()
-	of := families
+	of := []uint8{unix.AF_INET, unix.AF_INET6}
 	if hostIP.IsValid() {
 		of = []uint8{family(hostIP)}
 	}
@@ -89,7 +87,7 @@ func Delete(f Flow) error {
 }
 
 // List returns the flows that have one of the addresses as source or destination in either direction; without addresses,
-// all. It reads the whole table of the families asked for, once each.
+// all. It reads the table once: all of it, or that of one family if the addresses are of one.
 func List(addrs ...netip.Addr) ([]Flow, error) {
 	t, err := open()
 	if err != nil {
@@ -101,20 +99,15 @@ func List(addrs ...netip.Addr) ([]Flow, error) {
 	for _, a := range addrs {
 		wanted[a.Unmap()], asked[family(a.Unmap())] = true, true
 	}
-	var flows []Flow
-	for _, fam := range families {
-		if len(addrs) > 0 && !asked[fam] {
-			continue
+	of := uint8(unix.AF_UNSPEC)
+	for fam := range asked {
+		if len(asked) == 1 {
+			of = fam
 		}
-		found, err := t.dump(fam, func(f Flow) bool {
-			return len(addrs) == 0 || f.touches(func(a netip.Addr) bool { return wanted[a] })
-		})
-		if err != nil {
-			return nil, err
-		}
-		flows = append(flows, found...)
 	}
-	return flows, nil
+	return t.dump(of, func(f Flow) bool {
+		return len(addrs) == 0 || f.touches(func(a netip.Addr) bool { return wanted[a] })
+	})
 }
 
 // filter is for the deletion of flows whose tuple in one direction has certain parts.

@@ -55,7 +55,7 @@ demo: tools ## root: a node made of namespaces, eight pods, every kind of policy
 	@$(subst go build,go -C e2e build,$(GOBUILD)) -o ../bin/demo ./demo
 	@bin/demo --bin bin
 
-verify: tools ## policies' words, rules and kernel agree: PACKETS, KERNEL_PACKETS (a backend), WALKS, SEED, BACKEND=nft|legacy|both
+verify: tools ## policies' words, rules and kernel agree: PACKETS, KERNEL_PACKETS and WALKS (a backend), SEED, BACKEND=nft|legacy|both
 	@go build -o bin/verify ./pkg/verify/cmd
 	@bin/verify -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
 		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS)) $(if $(BREAK),-break "$(BREAK)")
@@ -63,7 +63,7 @@ verify: tools ## policies' words, rules and kernel agree: PACKETS, KERNEL_PACKET
 verify-mutants: tools ## break one line of the semantics at a time, and see that `make verify` would find it
 	@go build -o bin/verify ./pkg/verify/cmd
 	@bin/verify -mutants -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
-		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS))
+		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS))
 
 tools: ## see that iptables (both backends), ipset and iproute2 are there; as root on Debian or Ubuntu, install them
 	@missing=; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \

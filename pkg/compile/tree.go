@@ -29,12 +29,13 @@ func dispatch(d rule.Direction, isolated []string, f rule.Family) []rule.Chain {
 	return t.chains
 }
 
-// Bridge returns the dispatch chains for the time until some interfaces have joined an open set, or left it. Who joins is led to the
-// chain that he still has, besides those whose chains are wanted. Who leaves is led to his chain at once, still in the set or not, if
-// chains of the other direction are rewritten: or for a moment a packet's one end would be judged as before and its other end as
-// after, and it would pass where neither lets it. Nil if there is nothing to bridge.
+// Bridge returns the dispatch chains for the time until some interfaces have joined an open set, or left it. Those who join are led
+// to the chains that they still have, besides those whose chains are wanted. Those who leave are led to their chains at once, still
+// in the set or not, if chains of the other direction are rewritten: or for a moment one end of a packet would be judged as before
+// and the other as after, and it would pass where neither lets it. Nil if there is nothing to bridge.
 //
-// wanted are the chains that are wanted, with whether the kernel holds other rules under that name; still says which others it holds.
+// wanted are the chains that are wanted, with whether the kernel holds other rules under that name; still says which others it
+// holds.
 func Bridge(
 	f rule.Family, openSet string, joining, leaving []string, wanted iter.Seq2[string, bool],
 	still func(chain string) bool,

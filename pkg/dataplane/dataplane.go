@@ -32,9 +32,9 @@ type Plane struct {
 	// Fail, in tests, is asked before each step, by its name, and makes it fail.
 	Fail func(step string) error
 
-	// Bridge, which may be nil, returns chains of table mangle for the time until some interfaces have joined an open set, or left it.
-	// wanted are the chains that are wanted, with whether the kernel holds other rules under that name; still says which others it
-	// may hold.
+	// Bridge, which may be nil, returns chains of table mangle for the time until some interfaces have joined an open set, or left
+	// it. wanted are the chains that are wanted, with whether the kernel holds other rules under that name; still says which others
+	// it may hold.
 	Bridge func(f rule.Family, openSet string, joining, leaving []string, wanted iter.Seq2[string, bool],
 		still func(chain string) bool) []rule.Chain
 

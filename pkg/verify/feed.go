@@ -114,7 +114,8 @@ func (f *feed) Take() object.Changes {
 	was := f.known()
 	c := object.Diff(was.cluster(), f.now.cluster())
 	if f.split != nil {
-		c = object.Changes{Pods: someOf(*f.split, c.Pods), Namespaces: someOf(*f.split, c.Namespaces), Policies: someOf(*f.split, c.Policies)}
+		d := *f.split
+		c = object.Changes{Pods: someOf(d, c.Pods), Namespaces: someOf(d, c.Namespaces), Policies: someOf(d, c.Policies)}
 		f.signal()
 	}
 	if len(c.Pods)+len(c.Namespaces)+len(c.Policies) > 0 {
@@ -123,6 +124,7 @@ func (f *feed) Take() object.Changes {
 	return c
 }
 
+// someOf draws some of the changes.
 func someOf[V *object.Pod | *object.Namespace | *networkingv1.NetworkPolicy](d dice, all map[string]V) map[string]V {
 	some := map[string]V{}
 	for _, key := range slices.Sorted(maps.Keys(all)) {

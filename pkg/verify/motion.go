@@ -16,8 +16,8 @@ import (
 	"github.com/postern-cni/postern/pkg/policy"
 )
 
-// step is what happens to a world at once: objects and records of this node that are new, other than they were, or gone (nil). Each
-// says what is from then on, so a walk without one of its steps is a walk again.
+// step is what happens to a world at once: objects and records of this node that are new, other than they were, or gone (nil).
+// Each says what is from then on, so a walk without one of its steps is a walk again.
 type step struct {
 	object.Changes
 	records map[attachment.Key]*attachment.Attachment
@@ -68,8 +68,8 @@ func sorted[V any](all map[string]*V) []*V {
 
 const thisNode = "here"
 
-// locals are the interfaces of this node, in the plainest words: the newest record of each link, its pod if that is the one that was
-// attached; and pods that were placed here and have no record yet.
+// locals are the interfaces of this node, in the plainest words: the newest record of each link, its pod if that is the one that
+// was attached; and pods that were placed here and have no record yet.
 func (m moment) locals() []policy.Local {
 	links := map[string]*attachment.Attachment{}
 	for _, a := range m.records {
@@ -176,7 +176,8 @@ func (m *mover) begin() step {
 
 func (m *mover) nothing() step {
 	s := step{chance: m.Uint64(), records: map[attachment.Key]*attachment.Attachment{}}
-	s.Pods, s.Namespaces, s.Policies = map[string]*object.Pod{}, map[string]*object.Namespace{}, map[string]*networkingv1.NetworkPolicy{}
+	s.Pods, s.Namespaces = map[string]*object.Pod{}, map[string]*object.Namespace{}
+	s.Policies = map[string]*networkingv1.NetworkPolicy{}
 	return s
 }
 
@@ -343,8 +344,8 @@ func (m *mover) attachUnknown(s *step) {
 // attach writes a record: of a new sandbox, of which the former one's record may still be there.
 func (m *mover) attach(s *step, pod attachment.Pod) {
 	m.count++
-	a := &attachment.Attachment{Version: 1, ContainerID: fmt.Sprintf("sandbox%d", m.count), IfName: one(m.dice, "eth0", "eth0", "eth0", "net1"),
-		NetNS: "/proc/self/ns/net", Network: "walk", Pod: pod, Policy: attachment.PolicyEnforce, Addresses: m.pair(),
+	a := &attachment.Attachment{Version: 1, ContainerID: fmt.Sprintf("sandbox%d", m.count),
+		IfName: one(m.dice, "eth0", "eth0", "eth0", "net1"), NetNS: "/proc/self/ns/net", Network: "walk", Pod: pod, Policy: attachment.PolicyEnforce, Addresses: m.pair(),
 		Created: time.Unix(int64(m.count), 0).UTC()}
 	a.HostInterface = hostInterface(a.Identity(), a.IfName)
 	s.records[a.Key()] = a
@@ -375,10 +376,14 @@ func (s step) String() string {
 	for _, key := range slices.Sorted(maps.Keys(s.Policies)) {
 		note("policy", key, s.Policies[key] == nil, s.Policies[key])
 	}
-	for _, a := range slices.SortedFunc(maps.Keys(s.records), func(a, b attachment.Key) int { return strings.Compare(a.String(), b.String()) }) {
+	for _, a := range sortedKeys(s.records) {
 		note("record", a.String(), s.records[a] == nil, s.records[a])
 	}
 	return strings.Join(words, "\n    ")
+}
+
+func sortedKeys[V any](of map[attachment.Key]V) []attachment.Key {
+	return slices.SortedFunc(maps.Keys(of), func(a, b attachment.Key) int { return strings.Compare(a.String(), b.String()) })
 }
 
 func plural(n int, what string) string {

@@ -48,7 +48,8 @@ func policyOf(types ...networkingv1.PolicyType) *networkingv1.NetworkPolicy {
 		Spec: networkingv1.NetworkPolicySpec{PolicyTypes: types}}
 }
 
-// While a policy changes, no packet passes of which the sender is judged as before and the receiver as after, or the other way round.
+// While a policy changes, no packet passes of which the sender is judged as before and the receiver as after, or the other way
+// round.
 func TestTheTwoEndsOfAPacketChangeTogether(t *testing.T) {
 	closed := policyOf(networkingv1.PolicyTypeIngress)
 	other := policyOf(networkingv1.PolicyTypeIngress, networkingv1.PolicyTypeEgress)
@@ -68,7 +69,8 @@ func TestTheTwoEndsOfAPacketChangeTogether(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			nettest.Backends(t, func(t *testing.T, backend string) {
-				got, err := takeWalk(iptables.Backend(backend), []step{twoPods(c.before), withPolicy(step{chance: 2}, c.after)}, lookingEverywhere())
+				steps := []step{twoPods(c.before), withPolicy(step{chance: 2}, c.after)}
+				got, err := takeWalk(iptables.Backend(backend), steps, lookingEverywhere())
 				if err != nil || got.Found != "" {
 					t.Errorf("%v %s", err, got.Found)
 				}

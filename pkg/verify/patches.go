@@ -170,8 +170,8 @@ func patched(steps []step, broken *spoiler) (int, string) {
 	return len(steps), ""
 }
 
-// sameLocal reports whether an interface is for the index what it was: what has changed of its pod, the index learns as a change of
-// that.
+// sameLocal reports whether an interface is for the index what it was: what has changed of its pod, the index learns as a change
+// of that.
 func sameLocal(a, b policy.Local) bool {
 	key := func(l policy.Local) string {
 		if l.Pod == nil {
@@ -203,7 +203,8 @@ func sameAnswers(x *policy.Index, m *policy.Model, now moment, d dice) string {
 	nobodys := func(netip.Addr) bool { return false }
 	for range 10 {
 		p := (&World{addresses: all}).anyPacket(d)
-		if got, want := x.Allowed(p.From, p.To, p.named(), p.Port, nobodys), m.Allowed(p.From, p.To, p.named(), p.Port, nobodys); got != want {
+		got := x.Allowed(p.From, p.To, p.named(), p.Port, nobodys)
+		if want := m.Allowed(p.From, p.To, p.named(), p.Port, nobodys); got != want {
 			return fmt.Sprintf("%s: the index says %s, want %s", p, pass(got), pass(want))
 		}
 	}
@@ -212,7 +213,8 @@ func sameAnswers(x *policy.Index, m *policy.Model, now moment, d dice) string {
 
 // anyPacket draws a first packet between any two addresses of a family.
 func (w *World) anyPacket(d dice) Packet {
-	p := Packet{From: one(d, w.addresses...), Protocol: one(d, rule.TCP, rule.TCP, rule.UDP, rule.SCTP), Port: one(d, numbers...), State: stateNew}
+	p := Packet{From: one(d, w.addresses...), Protocol: one(d, rule.TCP, rule.TCP, rule.UDP, rule.SCTP),
+		Port: one(d, numbers...), State: stateNew}
 	for p.To = one(d, w.addresses...); p.To.Is4() != p.From.Is4(); {
 		p.To = one(d, w.addresses...)
 	}
@@ -298,7 +300,8 @@ func inWords(v any) string {
 	return string(text)
 }
 
-// patchWalk takes one walk through the index and the patches. What it returns of a difference is all that one needs to see it again.
+// patchWalk takes one walk through the index and the patches. What it returns of a difference is all that one needs to see it
+// again.
 func (o options) patchWalk(n uint64, broken *spoiler) (taken int, found string) {
 	steps := walk(throw(o.seed, n, forSteps), stepsOfAWalk)
 	taken, text := patched(steps, broken)

@@ -16,9 +16,11 @@ import (
 // errNothing is a saboteur's that found nothing to break on this walk.
 var errNothing = errors.New("nothing to break")
 
-// saboteurs are the mistakes in the engine that walks must find: those of the first kind in what the kernel holds in the end, those
-// of the second in what it lets pass on the way.
-func saboteurs() []saboteur {
+// saboteurs are the mistakes in the engine that walks must find.
+func saboteurs() []saboteur { return append(inTheEnd(), onTheWay()...) }
+
+// inTheEnd are mistakes in what the kernel holds in the end.
+func inTheEnd() []saboteur {
 	restore := func(lines func(d dice, chains []string) string) func(context.Context, *kernel, dice) error {
 		return func(ctx context.Context, k *kernel, d dice) error {
 			f := one(d, rule.Families[:]...)
@@ -50,14 +52,28 @@ func saboteurs() []saboteur {
 		}
 	}
 	return []saboteur{
-		{name: "an address is missing in a peer set", end: peers(func(k *kernel, s rule.Set) error { return k.sets.Del(s.Name, s.Entries[0]) })},
+		{name: "an address is missing in a peer set", end: peers(func(k *kernel, s rule.Set) error {
+			return k.sets.Del(s.Name, s.Entries[0])
+		})},
 		{name: "a peer set is left that nobody uses", end: peers(func(k *kernel, s rule.Set) error {
 			s.Name = rule.SetPrefix + "p4-0123456789abcdef"
 			return k.sets.Create(s, 0)
 		})},
-		{name: "a rule is missing in a pod's chain", end: restore(func(d dice, pods []string) string { return "-D " + one(d, pods...) + " 1" })},
-		{name: "a chain is left of a pod that has gone", end: restore(func(dice, []string) string { return ":PST-E-0123456789ab - [0:0]" })},
-		{name: "our rule is not the first of FORWARD", end: restore(func(dice, []string) string { return "-I FORWARD 1 -p tcp -j RETURN" })},
+		{name: "a rule is missing in a pod's chain", end: restore(func(d dice, pods []string) string {
+			return "-D " + one(d, pods...) + " 1"
+		})},
+		{name: "a chain is left of a pod that has gone", end: restore(func(dice, []string) string {
+			return ":PST-E-0123456789ab - [0:0]"
+		})},
+		{name: "our rule is not the first of FORWARD", end: restore(func(dice, []string) string {
+			return "-I FORWARD 1 -p tcp -j RETURN"
+		})},
+	}
+}
+
+// onTheWay are mistakes in what the kernel lets pass in the middle of a pass.
+func onTheWay() []saboteur {
+	return []saboteur{
 		{name: "a pod is ready before its object is known", step: atRestore(func(w *walker, f rule.Family) error {
 			for _, a := range w.now.records {
 				for _, address := range a.Addresses {
@@ -74,7 +90,8 @@ func saboteurs() []saboteur {
 			return nil
 		})},
 		{name: "the dispatch tree is emptied before it is written anew", step: atRestore(func(w *walker, f rule.Family) error {
-			return w.tables[f].Restore(context.Background(), fmt.Sprintf("*mangle\n-F %s\n-F %s\nCOMMIT\n", compile.ChainFrom, compile.ChainTo))
+			text := fmt.Sprintf("*mangle\n-F %s\n-F %s\nCOMMIT\n", compile.ChainFrom, compile.ChainTo)
+			return w.tables[f].Restore(context.Background(), text)
 		})},
 		{name: "who joins sets is let in before the rules", step: atRestore(func(w *walker, f rule.Family) error {
 			for _, set := range compile.State(policy.Resolve(w.now.input()), f).Sets {

@@ -36,7 +36,9 @@ func spoilers() []spoiler {
 			}
 		}},
 		{name: "the chain of a pod that is not isolated any more stays", patch: func(_ dice, p *rule.Patch) {
-			maps.DeleteFunc(p.Chains[rule.Mangle], func(name string, r []rule.Rule) bool { return r == nil && strings.HasPrefix(name, "PST-") })
+			maps.DeleteFunc(p.Chains[rule.Mangle], func(name string, r []rule.Rule) bool {
+				return r == nil && strings.HasPrefix(name, "PST-")
+			})
 		}},
 		{name: "a branch of the tree stays", patch: func(_ dice, p *rule.Patch) {
 			maps.DeleteFunc(p.Chains[rule.Mangle], func(name string, r []rule.Rule) bool {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -125,14 +124,23 @@ func (w *walker) walk(ctx context.Context, steps []step) error {
 	return w.compareWithFresh(ctx)
 }
 
+// find notes a difference; the first one counts.
+func (w *walker) find(text string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.found == "" {
+		w.found = text
+	}
+}
+
 func (w *walker) outcome() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.found
 }
 
-// compareWithFresh holds the kernel against what an engine makes of it that begins with the same objects and records, and nothing in
-// the kernel.
+// compareWithFresh holds the kernel against what an engine makes of it that begins with the same objects and records, and
+// nothing in the kernel.
 func (w *walker) compareWithFresh(ctx context.Context) error {
 	if err := w.halt(); err != nil {
 		return err
@@ -149,7 +157,9 @@ func (w *walker) compareWithFresh(ctx context.Context) error {
 	if err := dataplane.Cleanup(ctx); err != nil { // what is not ours stays, for both
 		return err
 	}
+	w.mu.Lock()
 	w.broken = nil
+	w.mu.Unlock()
 	if err := w.start(); err != nil {
 		return err
 	}
@@ -157,8 +167,8 @@ func (w *walker) compareWithFresh(ctx context.Context) error {
 		return err
 	}
 	fresh, err := w.text(ctx)
-	if err == nil && fresh != after && w.found == "" {
-		w.found = "the kernel is not what a fresh start makes of the same objects:\n" + lineDifference(after, fresh)
+	if err == nil && fresh != after {
+		w.find("the kernel is not what a fresh start makes of the same objects:\n" + lineDifference(after, fresh))
 	}
 	return err
 }
@@ -343,8 +353,7 @@ func (w *walker) announce(c object.Changes) {
 // attached writes and removes records, one after the other.
 func (w *walker) attached(ctx context.Context, records map[attachment.Key]*attachment.Attachment, d dice) error {
 	store := attachment.Open(w.dir)
-	keys := slices.SortedFunc(maps.Keys(records), func(a, b attachment.Key) int { return strings.Compare(a.String(), b.String()) })
-	for _, key := range keys {
+	for _, key := range sortedKeys(records) {
 		a := records[key]
 		w.mu.Lock()
 		was := w.now.records[key]

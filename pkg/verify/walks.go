@@ -66,8 +66,8 @@ func checkPatches(o options, p *printer) walked {
 	return total
 }
 
-// checkEngines takes the walks through the engine with each backend, all at once: each in a process of its own, for an engine has the
-// network namespace of its whole process.
+// checkEngines takes the walks through the engine with each backend, all at once: each in a process of its own, for an engine has
+// the network namespace of its whole process.
 func checkEngines(o options, p *printer) ([]walked, error) {
 	list, errs := make([]walked, len(o.backends)), make([]error, len(o.backends))
 	var group sync.WaitGroup

@@ -55,7 +55,7 @@ demo: tools ## root: a node made of namespaces, eight pods, every kind of policy
 	@$(subst go build,go -C e2e build,$(GOBUILD)) -o ../bin/demo ./demo
 	@bin/demo --bin bin
 
-verify: tools ## policies' words, rules and kernel agree: PACKETS, KERNEL_PACKETS and WALKS (a backend), SEED, BACKEND=nft|legacy|both
+verify: tools ## policies' words, rules and kernel agree: PACKETS; a backend KERNEL_PACKETS, WALKS; SEED, BACKEND=nft|legacy|both
 	@go build -o bin/verify ./pkg/verify/cmd
 	@bin/verify -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
 		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS)) $(if $(BREAK),-break "$(BREAK)")

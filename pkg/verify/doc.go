@@ -17,10 +17,10 @@
 // by step, and whatever the path, the end must be what the same objects and records give at once.
 //
 //   - By patches ([patched]): policy's index and compile's patches, against a fresh model and its state, at every step.
-//   - Through the engine ([walker]): an engine in a network namespace of its own, with real records, through restarts, crashes in
-//     the middle of a pass, faults of any step, events that come late or in another order, and edits by somebody else; the kernel
-//     must in the end be, byte for byte, what a fresh engine makes of a clean one. In the middle of passes the interpreter is asked
-//     about the kernel as it is ([leak]): nothing passes that the objects allow neither before nor after the change.
+//   - Through the engine ([walker]): an engine in a network namespace of its own, with real records, through restarts, crashes
+//     in the middle of a pass, faults of any step, events that come late or in another order, and edits by somebody else; the
+//     kernel must in the end be, byte for byte, what a fresh engine makes of a clean one. In the middle of passes the interpreter
+//     is asked about the kernel as it is ([leak]): nothing passes that the objects allow neither before nor after the change.
 //
 // A walk that fails is cut down to the steps that matter and printed with the objects as manifests. Mistakes made on purpose, in
 // patches ([spoilers]) and in the kernel ([saboteurs]), show that walks can find them.

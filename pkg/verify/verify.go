@@ -71,7 +71,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	flags.SetOutput(stderr)
 	flags.IntVar(&o.packets, "packets", 1000000, "`how many` packets to ask rules and words about")
 	flags.IntVar(&o.kernelPackets, "kernel-packets", 4000, "`how many` packets to send through the kernel, for each backend")
-	flags.IntVar(&o.walks, "walks", 100,
+	flags.IntVar(&o.walks, "walks", 50,
 		"`how many` random walks of events through the engine, for each backend; by patches alone there are ten times as many")
 	flags.Uint64Var(&o.seed, "seed", 1, "where chance begins: the same `number` makes the same worlds")
 	flags.BoolVar(&o.mutants, "mutants", false, "break one line of the semantics at a time, and see that it is found")

@@ -285,7 +285,11 @@ func (c *cacheOf[T]) Delete(o any) error {
 }
 
 // Replace implements cache.ReflectorStore.
-func (c *cacheOf[T]) Replace(list []any, _ string) error {
+func (c *cacheOf[T]) Replace(list []any, version string) error {
+	newest, err := strconv.ParseUint(version, 10, 64)
+	if err != nil {
+		return fmt.Errorf("list %s: resourceVersion %q: %w", c.resource, version, err)
+	}
 	items := make(map[string]versioned[T], len(list))
 	for _, o := range list {
 		key, version, err := identify(o)
@@ -304,7 +308,7 @@ func (c *cacheOf[T]) Replace(list []any, _ string) error {
 	for key, i := range items {
 		c.keep(items, key, i.object, i.version)
 	}
-	c.items, c.full = items, true
+	c.items, c.full, c.newest = items, true, newest
 	c.changes.send() // that the kind is full is news too
 	return nil
 }

@@ -96,7 +96,7 @@ func (f *Folder) Reread(context.Context) error { return f.read() }
 
 // Times in which a folder is looked at again.
 const (
-	// settle is how long after a write in place the file is read: its writer may not be done.
+	// settle is how long after a write in place a file is read, for its writer may not be done, and after its end.
 	settle = 50 * time.Millisecond
 	// look finds what notifications missed, and a folder that was replaced as a whole.
 	look = 10 * time.Second
@@ -115,7 +115,7 @@ func (f *Folder) Run(ctx context.Context) error {
 	if err := f.read(); err != nil {
 		return err
 	}
-	written := map[string]bool{} // files that somebody is writing to in place
+	pending := map[string]bool{} // files to be read once they have settled
 	var wait <-chan time.Time
 	ticker := time.NewTicker(look)
 	defer ticker.Stop()
@@ -124,18 +124,18 @@ func (f *Folder) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case e := <-watcher.Events:
-			changed := f.drain(watcher, e, written)
-			if len(written) > 0 && wait == nil {
+			if now, name := f.ready(e, pending); now {
+				f.readFiles(name)
+			} else if wait == nil {
 				wait = time.After(settle)
 			}
-			f.readFiles(changed...)
+			continue
+		case <-wait:
+			wait = nil
+			f.readFiles(slices.Collect(maps.Keys(pending))...)
+			clear(pending)
 			continue
 		case <-watcher.Errors: // events were lost: read everything
-		case <-wait:
-			f.readFiles(slices.Collect(maps.Keys(written))...)
-			clear(written)
-			wait = nil
-			continue
 		case <-ticker.C:
 			_ = watcher.Add(f.dir) // the folder may be another one of that name by now; if it is gone, read says so
 		}
@@ -143,24 +143,26 @@ func (f *Folder) Run(ctx context.Context) error {
 	}
 }
 
-// drain takes in the events that are there already. It returns the files that can be read now.
-func (f *Folder) drain(watcher *fsnotify.Watcher, e fsnotify.Event, written map[string]bool) (changed []string) {
-	for {
-		if name := filepath.Base(e.Name); e.Has(fsnotify.Write) && !e.Has(fsnotify.Create) {
-			written[name] = true
-		} else {
-			changed = append(changed, name)
-		}
-		select {
-		case e = <-watcher.Events:
-		default:
-			return changed
-		}
+// ready reports whether the file of an event can be read at once, as one that was put into its place whole. What is being written
+// may not be done; what went may be about to come under another name, and until then it must not be missed.
+func (f *Folder) ready(e fsnotify.Event, pending map[string]bool) (now bool, name string) {
+	name = filepath.Base(e.Name)
+	if e.Has(fsnotify.Create) && len(pending) == 0 && !strings.HasPrefix(name, swapped) {
+		return true, name
 	}
+	pending[name] = true
+	return false, name
 }
+
+// swapped begins the names in a volume made of a ConfigMap: all its files change when the link "..data" does.
+const swapped = ".."
 
 // readFiles brings what is known of some files up to date.
 func (f *Folder) readFiles(names ...string) {
+	if slices.ContainsFunc(names, func(name string) bool { return strings.HasPrefix(name, swapped) }) {
+		_ = f.read() // shown by Problems
+		return
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	changed := false
@@ -180,17 +182,38 @@ func (f *Folder) readFiles(names ...string) {
 	}
 }
 
-// read brings what is known up to date with the folder.
+// read brings what is known up to date with the folder. A file that is gone may have got another name since the folder was listed,
+// so it is listed again before anything is dropped.
 func (f *Folder) read() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	entries, err := os.ReadDir(f.dir)
+	changed, gone, err := f.readListed()
+	if err == nil && len(gone) > 0 {
+		var more bool
+		more, gone, err = f.readListed()
+		changed = changed || more
+	}
 	if err != nil {
 		err = fmt.Errorf("read the folder of manifests: %w", err)
 		f.problems = []string{err.Error()}
 		return err
 	}
-	changed := !f.synced
+	for _, name := range gone {
+		delete(f.files, name)
+	}
+	if changed || len(gone) > 0 || !f.synced {
+		f.assemble()
+		f.changes.send()
+	}
+	return nil
+}
+
+// readListed reads the files that are there, and says which of the known ones are not.
+func (f *Folder) readListed() (changed bool, gone []string, err error) {
+	entries, err := os.ReadDir(f.dir)
+	if err != nil {
+		return false, nil, err
+	}
 	there := map[string]bool{}
 	for _, e := range entries {
 		if !manifest(e.Name()) {
@@ -202,15 +225,10 @@ func (f *Folder) read() error {
 	}
 	for name := range f.files {
 		if !there[name] {
-			delete(f.files, name)
-			changed = true
+			gone = append(gone, name)
 		}
 	}
-	if changed {
-		f.assemble()
-		f.changes.send()
-	}
-	return nil
+	return changed, gone, nil
 }
 
 // readFile reads one file, unless its text is what it was.

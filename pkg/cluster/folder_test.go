@@ -324,3 +324,41 @@ func TestReadFolderNamesAllThatIsWrong(t *testing.T) {
 		t.Errorf("got %q, %v", contents(c), err)
 	}
 }
+
+// Whoever gives a file another name takes nothing away, not for a moment.
+func TestAManifestThatGetsAnotherNameIsNeverMissed(t *testing.T) {
+	dir := t.TempDir()
+	put(t, dir, "a.yaml", "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: shop}\nspec: {podSelector: {}}\n")
+	s := cluster.FromFolder(dir)
+	run(t, s)
+	waitFor(t, s, "namespace shop", "policy shop/p")
+	s.Take()
+	var stop, done = make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-s.Changes():
+			}
+			if np, changed := s.Take().Policies["shop/p"]; changed && np == nil {
+				t.Error("a change says that the policy is gone")
+			}
+		}
+	}()
+	names := []string{"a.yaml", "b.yaml"}
+	for i := range 100 {
+		if err := os.Rename(filepath.Join(dir, names[i%2]), filepath.Join(dir, names[1-i%2])); err != nil {
+			t.Fatal(err)
+		}
+		if i%3 == 0 {
+			if err := s.Reread(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(time.Duration(i%7) * time.Millisecond) // before, in and after what the source waits for a file to settle
+	}
+	close(stop)
+	<-done
+}

@@ -1,6 +1,7 @@
 package dataplane
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,15 +23,13 @@ type work struct {
 	created map[string]bool // sets that no rule looks into yet
 	// interim are chains of table mangle with other rules than the wanted ones, until open sets are complete.
 	interim map[string][]rule.Rule
-	// instead are sets that stand in for others, by the others' names; replaced are those that had such a one.
-	instead  map[string]string
-	replaced map[string]bool
-	refused  []error // chains that iptables did not take and that are closed instead
+	// instead are sets that stand in, until the end, for those whose names are taken.
+	instead map[string]string
 }
 
 func newWork(ctx context.Context, p *Plane, f *family, r *Result) *work {
 	return &work{ctx: ctx, plane: p, f: f, result: r, created: map[string]bool{}, interim: map[string][]rule.Rule{},
-		instead: map[string]string{}, replaced: map[string]bool{}}
+		instead: map[string]string{}}
 }
 
 // untilRules does everything up to the rules and what joins open and peer sets.
@@ -39,8 +38,9 @@ func (w *work) untilRules() error {
 		if _, err := w.plane.readFamily(w.ctx, w.f, nil); err != nil {
 			return err
 		}
+		w.result.Reread = true
 	}
-	if err := w.clearMisfits(); err != nil {
+	if err := w.standIn(); err != nil {
 		return err
 	}
 	if err := w.eachSet(w.prepare); err != nil {
@@ -65,6 +65,9 @@ func (w *work) fromReady() error {
 		return err
 	}
 	if err := w.eachSet(w.leave, rule.Local); err != nil {
+		return err
+	}
+	if err := w.standDown(); err != nil {
 		return err
 	}
 	return w.dropSets()
@@ -107,7 +110,7 @@ func (w *work) prepare(s *set) error {
 		w.created[s.Name] = true
 	}
 	delete(w.f.todo.sets, s.Name)
-	if s.Role == rule.Local || w.created[s.Name] && s.Role != rule.Ready || w.replaced[s.Name] {
+	if s.Role == rule.Local || w.created[s.Name] && s.Role != rule.Ready {
 		return w.join(s)
 	}
 	if s.Role == rule.Open {
@@ -132,9 +135,9 @@ func (w *work) join(s *set) error {
 	}
 	err := w.plane.fail("join")
 	if err == nil {
-		err = w.plane.sets.Add(s.Name, entries...)
+		err = w.plane.sets.Add(w.nameOf(s), entries...)
 	}
-	if errors.Is(err, ipset.ErrFull) {
+	if errors.Is(err, ipset.ErrFull) && w.instead[s.Name] == "" {
 		return w.grow(s)
 	}
 	return w.done(s, entries, err)
@@ -186,7 +189,7 @@ func (w *work) grow(s *set) error {
 // leave takes out what may be there and is not wanted.
 func (w *work) leave(s *set) error {
 	entries := w.due(s, false)
-	if len(entries) == 0 {
+	if len(entries) == 0 || w.instead[s.Name] != "" { // who stands in has only what is wanted
 		return nil
 	}
 	w.result.Tightened = w.result.Tightened || s.Role == rule.Peers || s.Role == rule.Open
@@ -200,26 +203,39 @@ func (w *work) leave(s *set) error {
 // standing begins the names of sets that stand in for others.
 const standing = rule.SetPrefix + "instead-"
 
-// clearMisfits removes sets that stand under a wanted name with another type: an older layout of ours. A set in use cannot be
-// removed, nor swapped with one of another type, so the rules look into copies with the wanted content for as long as it takes.
-func (w *work) clearMisfits() error {
+// standIn makes room for sets whose names are taken by ones of another type: an older layout of ours. Such a set can be neither
+// swapped nor, as long as rules look into it, removed. So other sets stand in for the wanted ones: everything goes its way with
+// their names in the rules, and in the end standDown removes the old sets, makes the wanted ones, and writes the rules once more.
+//
+// What stands in for peers has all of them, as a new set has. What stands in for a ready or an open set begins with those that the
+// old set had, and the others join when it is time.
+func (w *work) standIn() error {
 	for _, name := range sortedKeys(w.f.todo.sets) {
 		s, held := w.f.sets[name], w.f.held[name]
 		if s == nil || held == "" || held == s.Type {
 			continue
 		}
-		copied := fmt.Sprintf("%s%d-%d", standing, w.f.tables.Family, len(w.instead))
-		if err := w.plane.sets.Destroy(copied); err != nil {
-			return err
+		copied := ""
+		for n := 0; copied == "" || w.f.held[copied] != ""; n++ { // one that was left by a process killed here is in use
+			copied = fmt.Sprintf("%s%d-%d", standing, w.f.tables.Family, n)
 		}
 		if err := w.create(s.Set, copied, len(s.has)); err != nil {
 			return err
 		}
 		w.f.held[copied], w.f.todo.sets[copied] = s.Type, true // it goes in the end
-		if err := w.plane.sets.Add(copied, slices.Collect(maps.Keys(s.has))...); err != nil {
+		w.instead[name] = copied
+		w.f.todo.entries[name] = maps.Clone(s.has)
+		if s.Role == rule.Ready || s.Role == rule.Open {
+			maps.DeleteFunc(w.f.todo.entries[name], func(e rule.Entry, _ bool) bool { return !former(w.f.misfits[name], e) })
+		}
+		first := w.due(s, true)
+		if err := w.plane.sets.Add(copied, first...); err != nil {
 			return err
 		}
-		w.instead[name] = copied
+		w.f.todo.entries[name] = maps.Clone(s.has)
+		if err := w.done(s, first, nil); err != nil {
+			return err
+		}
 	}
 	if len(w.instead) == 0 {
 		return nil
@@ -229,27 +245,47 @@ func (w *work) clearMisfits() error {
 			w.f.todo.chain(table, name, rewrite)
 		}
 	}
-	if err := w.eachSet(w.prepare); err != nil {
-		return err
+	return nil
+}
+
+// former reports whether a set of another type had an entry, as far as it can tell.
+func former(entries []rule.Entry, e rule.Entry) bool {
+	return slices.ContainsFunc(entries, func(f rule.Entry) bool { return f.Prefix == e.Prefix && (f.Iface == "" || f.Iface == e.Iface) })
+}
+
+// nameOf is where a set's entries go.
+func (w *work) nameOf(s *set) string { return cmp.Or(w.instead[s.Name], s.Name) }
+
+// standDown puts the wanted sets into the places of those that stood in for them.
+func (w *work) standDown() error {
+	if len(w.instead) == 0 {
+		return nil
 	}
-	if err := w.writeRules(); err != nil {
-		return err
-	}
-	if err := w.finishChains(); err != nil {
-		return err
-	}
-	for name := range w.instead {
+	for _, name := range sortedKeys(w.instead) {
+		s := w.f.sets[name]
 		if err := w.plane.sets.Destroy(name); err != nil {
 			return err
 		}
 		delete(w.f.held, name)
-		w.replaced[name] = true
+		if err := w.create(s.Set, name, len(s.has)); err != nil {
+			return err
+		}
+		w.f.held[name] = s.Type
+		if err := w.plane.sets.Add(name, slices.Collect(maps.Keys(s.has))...); err != nil {
+			return err
+		}
+		delete(w.f.todo.sets, name)
 	}
 	clear(w.instead)
-	return nil
+	clear(w.interim)
+	return w.writeRules()
 }
 
-func closed(why string) []rule.Rule {
+// closed are the rules of a chain whose own cannot be written. Table nat, where a drop is refused, does not filter.
+func closed(table rule.Table, why string) []rule.Rule {
+	if table == rule.NAT {
+		return []rule.Rule{{Action: rule.Return{}, Comment: "empty " + why}}
+	}
 	return []rule.Rule{{Action: rule.Drop{}, Comment: "closed " + why}}
 }
 
@@ -259,18 +295,62 @@ func (w *work) writeRules() error {
 	refused := map[string]bool{}
 	for {
 		changes := w.ruleChanges(refused)
+		// Also a restore that is said to have failed may have closed something.
+		w.result.Tightened = w.result.Tightened || slices.ContainsFunc(changes, func(c iptables.Change) bool { return len(c.Replace) > 0 })
 		err := w.restore(changes...)
 		if err == nil {
 			w.noteWritten(changes, refused)
 			return nil
 		}
-		chain := blamed(err)
-		if refused[chain] || !slices.ContainsFunc(changes, func(c iptables.Change) bool { return replaces(c, chain) }) {
+		chain := w.culprit(err, changes, refused)
+		if chain == "" {
 			return err
 		}
 		refused[chain] = true
-		w.refused = append(w.refused, fmt.Errorf("chain %s is closed, for it was refused: %w", chain, err))
+		w.result.Refused = append(w.result.Refused,
+			fmt.Errorf("%s: chain %s is closed, for its rules were refused: %w", w.f.tables.Family, chain, err))
 	}
+}
+
+// culprit finds the chain that a restore was refused for: iptables names a line of it, or, where the kernel refuses the whole
+// commit, it is searched for by closing half of those that it may be. Empty if it is no chain's fault.
+func (w *work) culprit(err error, changes []iptables.Change, refused map[string]bool) string {
+	if !errors.Is(err, iptables.ErrRefused) {
+		return ""
+	}
+	var suspects []string
+	for _, c := range changes {
+		for _, chain := range c.Replace {
+			if !refused[chain.Name] {
+				suspects = append(suspects, chain.Name)
+			}
+		}
+	}
+	if chain := blamed(err); chain != "" {
+		if slices.Contains(suspects, chain) {
+			return chain
+		}
+		return ""
+	}
+	works := func(without []string) bool {
+		all := maps.Clone(refused)
+		for _, name := range without {
+			all[name] = true
+		}
+		return w.restore(w.ruleChanges(all)...) == nil
+	}
+	if !works(suspects) {
+		return ""
+	}
+	for len(suspects) > 1 {
+		half := suspects[:len(suspects)/2]
+		if works(half) {
+			suspects = half
+		} else {
+			suspects = suspects[len(half):]
+		}
+	}
+	return suspects[0]
 }
 
 func (w *work) ruleChanges(refused map[string]bool) (changes []iptables.Change) {
@@ -279,7 +359,7 @@ func (w *work) ruleChanges(refused map[string]bool) (changes []iptables.Change) 
 		for _, name := range sortedKeys(w.f.todo.chains[table]) {
 			if rules, wanted := w.rulesNow(table, name); wanted {
 				if refused[name] {
-					rules = closed("because iptables refused its rules")
+					rules = closed(table, "because iptables refused its rules")
 				}
 				c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: rules})
 			}
@@ -301,8 +381,13 @@ func (w *work) rulesNow(table rule.Table, name string) ([]rule.Rule, bool) {
 	if interim, bridge := w.interim[name]; bridge && table == rule.Mangle {
 		rules, wanted = interim, true
 	}
+	return w.substituted(rules), wanted
+}
+
+// substituted has rules look into the sets that stand in for others.
+func (w *work) substituted(rules []rule.Rule) []rule.Rule {
 	if len(w.instead) == 0 {
-		return rules, wanted
+		return rules
 	}
 	rules = slices.Clone(rules)
 	for i := range rules {
@@ -314,12 +399,11 @@ func (w *work) rulesNow(table rule.Table, name string) ([]rule.Rule, bool) {
 			}
 		}
 	}
-	return rules, wanted
+	return rules
 }
 
 func (w *work) noteWritten(changes []iptables.Change, refused map[string]bool) {
 	for _, c := range changes {
-		w.result.Tightened = w.result.Tightened || len(c.Replace) > 0
 		for _, chain := range c.Replace {
 			_, interim := w.interim[chain.Name]
 			if !interim && !refused[chain.Name] && len(w.instead) == 0 {
@@ -339,7 +423,7 @@ func (w *work) bridge() {
 	chains, todo := w.f.chains[rule.Mangle], w.f.todo.chains[rule.Mangle]
 	still := func(name string) bool {
 		_, wanted := chains[name]
-		return !wanted && todo[name] != ""
+		return !wanted && todo[name] == rewrite
 	}
 	wanted := func(yield func(string, bool) bool) {
 		for name := range chains {
@@ -381,10 +465,6 @@ func blamed(err error) string {
 	return words[1]
 }
 
-func replaces(c iptables.Change, chain string) bool {
-	return slices.ContainsFunc(c.Replace, func(r rule.Chain) bool { return r.Name == chain })
-}
-
 // finishChains removes the chains of ours that are not wanted, and gives those their rules that had others in the meantime.
 func (w *work) finishChains() error {
 	var changes []iptables.Change
@@ -396,7 +476,7 @@ func (w *work) finishChains() error {
 			case !wanted:
 				c.Delete = append(c.Delete, name)
 			case w.interim[name] != nil:
-				c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: rules})
+				c.Replace = append(c.Replace, rule.Chain{Name: name, Rules: w.substituted(rules)})
 			}
 		}
 		changes = append(changes, c)
@@ -406,7 +486,9 @@ func (w *work) finishChains() error {
 	}
 	for _, c := range changes {
 		for _, chain := range c.Replace {
-			delete(w.f.todo.chains[c.Table], chain.Name)
+			if len(w.instead) == 0 {
+				delete(w.f.todo.chains[c.Table], chain.Name)
+			}
 		}
 		for _, name := range c.Delete {
 			delete(w.f.todo.chains[c.Table], name)

@@ -84,12 +84,17 @@ type Result struct {
 	SetMessages int // netlink messages that changed a set
 	// Tightened says that something may be denied now which was allowed before: a chain was written, a peer left a set.
 	Tightened bool
+	// Reread says that a family was read before it was written to: what was put right may have been open for somebody.
+	Reread bool
+	// Refused are chains whose rules iptables did not take; they are closed, and the next Apply tries them again.
+	Refused []error
 }
 
 // Wrote reports whether anything was written.
 func (r Result) Wrote() bool { return r.Restores+r.SetMessages > 0 }
 
-// Apply brings the kernel to what is wanted. judge, which may be nil, is called between the rules and the ready sets, once, after
+// Apply brings the kernel to what is wanted. It works on after an error: a family that fails is closed or as it was where it failed,
+// is read again before the next write, and holds nobody up in the other one; [Plane.Holds] tells what came about. judge, which may be nil, is called between the rules and the ready sets, once, after
 // the rules of every family that could be written, with what was done so far; if it fails, no pod becomes ready. The error joins
 // what went wrong in each family; the same call again goes on where this one stopped.
 func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (result Result, err error) {
@@ -122,7 +127,6 @@ func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (result Res
 	}
 	for _, w := range works {
 		failed(w, w.fromReady())
-		failed(w, errors.Join(w.refused...))
 	}
 	if len(errs) > 0 {
 		p.Close() // in case it is the connection that fails
@@ -328,7 +332,10 @@ func WriteRules(ctx context.Context, t *iptables.Tables, scope Scope, want *rule
 	if _, err := p.readFamily(ctx, w.f, nil); err != nil {
 		return err
 	}
-	return errors.Join(append(w.refused, w.writeRules())...)
+	if err := w.writeRules(); err != nil {
+		return err
+	}
+	return errors.Join(w.result.Refused...)
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

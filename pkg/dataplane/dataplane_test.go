@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -119,13 +120,13 @@ func TestAMemberThatJoinsIsOneMessageAndNoRestore(t *testing.T) {
 			join := rule.NewPatch(rule.IPv4)
 			join.Join[peerSet(rule.IPv4)] = []rule.Entry{address(rule.IPv4, 2)}
 			p.Change(join)
-			if r := apply(t, p); r != (Result{SetMessages: 1}) {
+			if r := apply(t, p); !reflect.DeepEqual(r, Result{SetMessages: 1}) {
 				t.Errorf("joined with %+v", r)
 			}
 			leave := rule.NewPatch(rule.IPv4)
 			leave.Leave[peerSet(rule.IPv4)] = []rule.Entry{address(rule.IPv4, 1), address(rule.IPv4, 3)}
 			p.Change(leave)
-			if r := apply(t, p); r != (Result{SetMessages: 1, Tightened: true}) {
+			if r := apply(t, p); !reflect.DeepEqual(r, Result{SetMessages: 1, Tightened: true}) {
 				t.Errorf("left with %+v", r)
 			}
 			if got := members(t, peerSet(rule.IPv4)); !slices.Equal(got, []rule.Entry{address(rule.IPv4, 2)}) {
@@ -168,18 +169,20 @@ func TestAChainThatIsRefusedIsClosedAndStopsNoOther(t *testing.T) {
 			bad.SetChain(rule.Mangle, "PST-I-a", []rule.Rule{{Matches: []rule.Match{impossible}, Action: rule.Return{}}})
 			bad.SetChain(rule.Mangle, "PST-I-b", []rule.Rule{{Action: rule.Return{}, Comment: "good"}})
 			p.Change(bad)
-			if _, err := p.Apply(context.Background(), nil); err == nil || !strings.Contains(err.Error(), "PST-I-a") {
-				t.Fatalf("%v, want an error that names the chain", err)
+			if r := apply(t, p); len(r.Refused) != 1 || !strings.Contains(r.Refused[0].Error(), "PST-I-a") {
+				t.Fatalf("refused: %v, want an error that names the chain", r.Refused)
 			}
 			rules := ns.Run(t, "iptables-"+backend+"-save", "-t", "mangle")
 			if !strings.Contains(rules, "refused") || !strings.Contains(rules, "good") || strings.Contains(rules, "-A PST-I-a -m set") {
 				t.Errorf("the refused chain is not closed, or the other is not there:\n%s", rules)
 			}
-			if _, err := p.Apply(context.Background(), nil); err == nil {
+			if r := apply(t, p); len(r.Refused) != 1 {
 				t.Error("the second try does not say that it was refused again")
 			}
 			p.Want(state(rule.IPv4))
-			apply(t, p)
+			if r := apply(t, p); len(r.Refused) > 0 || !r.Wrote() {
+				t.Errorf("mended, and %+v", r)
+			}
 		})
 	})
 }
@@ -312,5 +315,60 @@ func TestCleanupLeavesNothingOfOursAndEverythingOfOthers(t *testing.T) {
 				t.Errorf("before:\n%s\nafter:\n%s", before, after)
 			}
 		})
+	})
+}
+
+// An older layout has another type of set under a name that is wanted, in use.
+func TestALayoutIsUpgradedWhereverItWasInterrupted(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		for interruption := 0; ; interruption++ {
+			finished := false
+			inNode(t, backend, func(t *testing.T, p *Plane, ns *nettest.NS) {
+				for _, f := range rule.Families {
+					old := state(f, address(f, 1))
+					old.Sets[0].Type = rule.HashNet
+					old.Sets[1].Type = rule.HashIP
+					p.Want(old)
+				}
+				apply(t, p)
+				steps := 0
+				for _, f := range rule.Families {
+					p.Want(state(f, address(f, 1), address(f, 2)))
+				}
+				p.Fail = func(step string) error {
+					if steps++; steps > interruption+1 {
+						return errors.New("killed")
+					}
+					return nil
+				}
+				_, err := p.Apply(context.Background(), nil)
+				finished = err == nil
+				again, err := Open(iptables.Backend(backend), Policies)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer again.Close()
+				for _, f := range rule.Families {
+					again.Want(state(f, address(f, 1), address(f, 2)))
+				}
+				apply(t, again)
+				for _, f := range rule.Families {
+					if got := members(t, peerSet(f)); len(got) != 2 {
+						t.Errorf("interrupted at step %d: members %v", interruption, got)
+					}
+				}
+				if sets := ns.Run(t, "ipset", "list", "-n"); strings.Contains(sets, "instead") {
+					t.Errorf("interrupted at step %d: left over: %s", interruption, sets)
+				}
+				again.Reread()
+				if r := apply(t, again); r.Wrote() {
+					t.Errorf("interrupted at step %d: the kernel is not as it was thought to be: %+v", interruption, r)
+				}
+			})
+			if finished || t.Failed() {
+				t.Logf("interrupted at each of %d steps", interruption)
+				return
+			}
+		}
 	})
 }

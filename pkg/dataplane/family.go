@@ -19,7 +19,9 @@ type family struct {
 
 	read bool                    // the kernel was read since it was last in doubt
 	held map[string]rule.SetType // the kernel's sets of ours
-	todo *todo
+	// misfits are the entries of those that stand under a wanted name with another type.
+	misfits map[string][]rule.Entry
+	todo    *todo
 }
 
 // set is a wanted one; its Entries are in has.
@@ -209,7 +211,7 @@ func (f *family) hooked(table rule.Table, actual []iptables.ActualHook) bool {
 
 // compareSets does for sets what compareTable does for a table.
 func (f *family) compareSets(list []rule.Set, known *todo) (found []Difference) {
-	f.held = map[string]rule.SetType{}
+	f.held, f.misfits = map[string]rule.SetType{}, map[string][]rule.Entry{}
 	differs := func(name, how string) {
 		if !known.sets[name] {
 			found = append(found, Difference{What: fmt.Sprintf("%s: set %s %s", f.tables.Family, name, how)})
@@ -222,7 +224,7 @@ func (f *family) compareSets(list []rule.Set, known *todo) (found []Difference) 
 		f.held[is.Name] = is.Type
 		want := f.sets[is.Name]
 		if want == nil || want.Type != is.Type {
-			f.todo.sets[is.Name] = true
+			f.todo.sets[is.Name], f.misfits[is.Name] = true, is.Entries
 			differs(is.Name, "is not one that postern has made")
 			continue
 		}

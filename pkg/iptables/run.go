@@ -31,6 +31,7 @@ const (
 var (
 	ErrLocked     = errors.New("another program holds the xtables lock")
 	ErrMissingSet = errors.New("a set that a rule names does not exist")
+	ErrRefused    = errors.New("the rules were refused")
 )
 
 // LineError is a restore that was refused because of one line of its text; nothing of that line's table has changed.
@@ -41,6 +42,9 @@ type LineError struct {
 }
 
 func (e *LineError) Error() string { return fmt.Sprintf("line %d, %q: %s", e.Line, e.Text, e.Why) }
+
+// Is makes a LineError an [ErrRefused].
+func (e *LineError) Is(target error) bool { return target == ErrRefused }
 
 // DefaultWait is how long a restore waits for the xtables lock (legacy).
 const DefaultWait = 5 * time.Second
@@ -191,6 +195,9 @@ func refine(err error, text string) error {
 		if lines := strings.Split(text, "\n"); n >= 1 && n <= len(lines) {
 			return &LineError{Line: n, Text: lines[n-1], Why: c.stderr}
 		}
+	}
+	if c.code > 0 { // it was not killed
+		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	return err
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/postern-cni/postern/pkg/metrics"
 	"github.com/postern-cni/postern/pkg/object"
 	"github.com/postern-cni/postern/pkg/policy"
+	"github.com/postern-cni/postern/pkg/rule"
 )
 
 // Source is where objects come from; package cluster has two.
@@ -84,7 +85,8 @@ type Engine struct {
 	relist  bool // read all records again
 	moved   bool // records or placed pods have changed
 	wanted  bool // the plane was told what is wanted
-	first   bool // nothing has been applied yet
+	// untouched are the families in which nothing has been applied yet: what the kernel holds there is a predecessor's.
+	untouched map[rule.Family]bool
 	// recorded are the pods that records name, ready the addresses that are to be ready, both as locals last saw them; guarded
 	// are those that the kernel has as ready.
 	recorded       map[string]bool
@@ -92,8 +94,9 @@ type Engine struct {
 	suspects       suspects // to be judged when something was taken away
 	again, next    suspects // to be judged a second time, and those after them
 	portsSeen      bool
+	blind          bool // sets could not be counted the last time
 	retry          time.Duration
-	unreported     map[string]bool // problems that the log has already
+	reported       map[string]bool // problems that the log has already
 
 	mu      sync.Mutex
 	waiters []*waiter
@@ -110,9 +113,10 @@ type pair struct {
 
 // New prepares an engine; nothing is written yet.
 func New(c Config) (*Engine, error) {
-	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true, first: true,
-		index: policy.NewIndex(), placed: map[string]placed{}, records: map[attachment.Key]*attachment.Attachment{},
-		guarded: map[pair]attachment.Key{}, unreported: map[string]bool{}, pods: map[string]PodStatus{}}
+	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true,
+		untouched: map[rule.Family]bool{rule.IPv4: true, rule.IPv6: true},
+		index:     policy.NewIndex(), placed: map[string]placed{}, records: map[attachment.Key]*attachment.Attachment{},
+		guarded: map[pair]attachment.Key{}, reported: map[string]bool{}, pods: map[string]PodStatus{}}
 	// A predecessor may have ended before it has judged the flows that its last change took something away from.
 	e.suspects = suspects{due: true, all: true}
 	var err, err2 error
@@ -150,11 +154,11 @@ func (e *Engine) Run(ctx context.Context) error {
 	if err := watcher.Add(e.store.Dir()); err != nil {
 		return fmt.Errorf("watch %s: %w", e.store.Dir(), err)
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer e.plane.Close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil) // before the wait, also in a panic
+	defer e.plane.Close()
 	wg.Go(func() {
 		if err := e.Source.Run(ctx); err != nil {
 			cancel(err)
@@ -193,7 +197,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			e.relist, pass = true, true
 		case <-beat.C:
 			e.pulse()
-			pass = e.first && e.Source.Synced()
+			pass = !e.started() && e.Source.Synced()
 		case notices := <-others.tableChanges():
 			found.tables(notices)
 		case links := <-others.linkChanges():
@@ -208,8 +212,8 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			found, pass = damage{ports: found.ports}, true
 		case <-portLooks.due:
 			portLooks.done()
-			found.ports = false
-			if err := e.repairPorts(ctx); err != nil {
+			var err error
+			if found.ports, err = e.repairPorts(ctx); err != nil {
 				e.fail("hostports", "cannot repair hostPort rules", err)
 			}
 		case <-again:
@@ -220,7 +224,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			retry, pass = nil, true
 		}
 		e.drain(records)
-		if pass {
+		if pass || e.moved || e.relist && e.started() {
 			retry = e.backoff(e.pass(ctx))
 		}
 		if found.everything || len(found.parts)+len(found.links) > 0 {
@@ -234,6 +238,9 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		}
 	}
 }
+
+// started reports whether something has been applied, in one family at least.
+func (e *Engine) started() bool { return !e.untouched[rule.IPv4] || !e.untouched[rule.IPv6] }
 
 // pacer lets something be done after a delay, and then with pauses.
 type pacer struct {

@@ -15,7 +15,11 @@ import (
 	"github.com/postern-cni/postern/pkg/policy"
 )
 
-// suspects are the addresses whose live flows may not be allowed any more.
+// suspects are the addresses whose live flows may not be allowed any more. They are gathered with the changes (suspect) and kept
+// until a pass has succeeded: due is set by whatever is taken away in the kernel, also by a write that failed and may have been done
+// all the same, or that put right what may have been open; without it nothing was lost, and they are let go unjudged. What was
+// judged is judged once more a little later (again, and next for those who come while its time runs), for packets that were on
+// their way while the rules changed.
 type suspects struct {
 	due       bool // something was taken away in the kernel
 	all       bool // any address of this node's pods
@@ -95,7 +99,12 @@ func (e *Engine) judgeFlows(addrs []netip.Addr) error {
 		if e.index.Allowed(src, dst.Addr(), protocols[f.Proto], dst.Port(), isOwn) {
 			continue
 		}
-		if err := conntrack.Delete(f); err != nil {
+		err := conntrack.Delete(f)
+		if errors.Is(err, unix.EBUSY) { // the kernel lets nobody delete a flow that is offloaded to a device
+			e.fail("conntrack", "a flow that policies do not allow goes on until it leaves the device it is offloaded to", err)
+			continue
+		}
+		if err != nil {
 			errs = append(errs, err)
 			continue
 		}

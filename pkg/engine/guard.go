@@ -71,14 +71,18 @@ func (e *Engine) answer(waiting []*waiter, failed error) {
 
 // missing says what a waiter still waits for; empty if nothing.
 func (e *Engine) missing(w *waiter, failed error) string {
+	notUpToDate := ""
 	if failed != nil {
-		return "the kernel could not be brought up to date: " + failed.Error()
+		notUpToDate = "the kernel could not be brought up to date: " + failed.Error()
 	}
 	if w.a == nil {
-		return ""
+		return notUpToDate
 	}
 	for _, addr := range w.a.Addresses {
 		if e.guarded[pair{addr, w.a.HostInterface}] != w.a.Key() {
+			if notUpToDate != "" {
+				return notUpToDate
+			}
 			if _, why := match(e.index.Pod, w.a); why != "" {
 				return why
 			}

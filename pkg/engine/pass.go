@@ -28,7 +28,11 @@ func (e *Engine) pass(ctx context.Context) error {
 	begin := time.Now()
 	var broken []error
 	if e.relist || slices.ContainsFunc(waiting, func(w *waiter) bool { return w.a == nil }) {
-		broken = e.readRecords()
+		if broken = e.readRecords(); e.relist && !e.started() {
+			err := errors.Join(broken...)
+			e.fail("records", "who is attached is not known; what is in the kernel stays as it is", err)
+			return err
+		}
 	}
 	for _, w := range waiting {
 		if w.a != nil { // its record's event may still be on the way
@@ -39,7 +43,7 @@ func (e *Engine) pass(ctx context.Context) error {
 	result, err := e.apply(ctx)
 	e.account(delta, begin, result, err, broken)
 	e.answer(waiting, err)
-	return err
+	return errors.Join(append(result.Refused, err)...)
 }
 
 // learn takes in what has changed, and changes what is wanted in the kernel accordingly.
@@ -144,7 +148,7 @@ func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 		// The plugin takes a pod out of these by itself, so what was written for a former sandbox may be gone.
 		f, entry := rule.FamilyOf(p.address), p.entry()
 		for _, set := range []string{rule.ReadySet(f), rule.OpenSet(f, rule.Ingress), rule.OpenSet(f, rule.Egress)} {
-			if !e.first {
+			if !e.untouched[f] {
 				e.plane.Doubt(f, set, entry)
 			}
 		}
@@ -154,17 +158,23 @@ func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 	defer cancel()
 	result, err := e.plane.Apply(ctx, func(so dataplane.Result) error {
 		e.suspects.due = e.suspects.due || so.Tightened
+		// What is put right after a failure may have been open to anybody, by us or by somebody else.
+		e.suspects.all = e.suspects.all || so.Tightened && so.Reread
 		if e.suspects.due && e.judge(e.suspects) != nil {
 			return errors.New("live flows could not be judged")
 		}
 		return e.inheritNothing(fresh)
 	})
 	maps.DeleteFunc(e.guarded, func(p pair, key attachment.Key) bool { return e.ready[p] != key })
-	if err == nil {
-		for _, p := range fresh {
+	for _, p := range fresh {
+		if f := rule.FamilyOf(p.address); e.plane.Holds(f, rule.ReadySet(f), p.entry()) {
 			e.guarded[p] = e.ready[p]
 		}
-		e.first = false
+	}
+	for _, f := range rule.Families {
+		e.untouched[f] = e.untouched[f] && !e.plane.Known(f)
+	}
+	if err == nil {
 		e.judgedOnce()
 	}
 	return result, err
@@ -180,7 +190,7 @@ func (e *Engine) inheritNothing(fresh []pair) error {
 	var errs []error
 	for _, p := range fresh {
 		f := rule.FamilyOf(p.address)
-		if e.first && (!e.plane.Known(f) || e.plane.Holds(f, rule.ReadySet(f), p.entry())) {
+		if e.untouched[f] && (!e.plane.Known(f) || e.plane.Holds(f, rule.ReadySet(f), p.entry())) {
 			continue // of a family that could not be read, nobody becomes ready
 		}
 		errs = append(errs, conntrack.DeleteAddress(p.address))

@@ -42,14 +42,25 @@ func (e *Engine) setRecord(key attachment.Key, a *attachment.Attachment) {
 	}
 }
 
-// readRecords reads all records afresh.
+// readRecords reads all records afresh. A record that cannot be read is what it last was; so are all if the folder cannot be read,
+// which is then tried again.
 func (e *Engine) readRecords() []error {
 	list, errs := e.store.List()
-	e.records = make(map[attachment.Key]*attachment.Attachment, len(list))
-	for _, a := range list {
-		e.records[a.Key()] = a
+	now := make(map[attachment.Key]*attachment.Attachment, len(list))
+	for _, err := range errs {
+		var broken *attachment.BrokenError
+		if !errors.As(err, &broken) {
+			e.relist = true
+			return errs
+		}
+		if key, err := attachment.KeyOf(filepath.Base(broken.Path)); err == nil && e.records[key] != nil {
+			now[key] = e.records[key]
+		}
 	}
-	e.moved, e.relist = true, false
+	for _, a := range list {
+		now[a.Key()] = a
+	}
+	e.records, e.moved, e.relist = now, true, false
 	return errs
 }
 

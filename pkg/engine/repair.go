@@ -90,13 +90,14 @@ func (d *damage) linksOf(names []string) {
 
 // glance has sets read whose numbers of entries are not right: nobody announces what is done to them.
 func (e *Engine) glance(d *damage) {
-	if e.first {
+	if !e.started() {
 		return
 	}
 	parts, err := e.plane.Glance()
-	if err != nil {
+	if err != nil && !e.blind {
 		e.fail("read", "cannot count the entries of our sets", err)
 	}
+	e.blind = err != nil
 	for _, p := range parts {
 		d.tables([]iptables.Notice{{Family: p.Family, Table: p.Table}})
 	}
@@ -104,7 +105,7 @@ func (e *Engine) glance(d *damage) {
 
 // repair looks where damage may be, and puts right what it finds; for policies, the next pass does that.
 func (e *Engine) repair(ctx context.Context, d damage) {
-	if e.first {
+	if !e.started() {
 		return // everything is about to be read
 	}
 	e.repairLinks(ctx, d)
@@ -145,11 +146,16 @@ func (e *Engine) repairLinks(ctx context.Context, d damage) {
 	}
 }
 
-// restoreLink leaves a link alone at which the plugin is at work.
-func (e *Engine) restoreLink(a *attachment.Attachment) ([]string, error) {
+// tryLock takes a lock, or returns an error at once if the plugin has it: policies wait for nobody.
+func (e *Engine) tryLock(what attachment.Lockable) (*attachment.Lock, error) {
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
-	lock, err := e.store.Lock(now, attachment.Interface(a.HostInterface))
+	return e.store.Lock(now, what)
+}
+
+// restoreLink leaves a link alone at which the plugin is at work.
+func (e *Engine) restoreLink(a *attachment.Attachment) ([]string, error) {
+	lock, err := e.tryLock(attachment.Interface(a.HostInterface))
 	if err != nil {
 		return nil, nil
 	}
@@ -168,9 +174,7 @@ func (e *Engine) detaching(d dataplane.Difference) bool {
 		if !known || entry.Iface == "" {
 			return false
 		}
-		now, cancel := context.WithCancel(context.Background())
-		cancel()
-		lock, err := e.store.Lock(now, attachment.Interface(entry.Iface))
+		lock, err := e.tryLock(attachment.Interface(entry.Iface))
 		if err != nil {
 			continue // the plugin is at work on this link
 		}
@@ -195,25 +199,25 @@ func (e *Engine) fail(kind, message string, err error) {
 }
 
 // repairPorts brings hostPort's rules to what the records of living attachments say. The plugin writes them too, under the same
-// lock.
-func (e *Engine) repairPorts(ctx context.Context) error {
+// lock: while it is at work, again asks for another try.
+func (e *Engine) repairPorts(ctx context.Context) (again bool, err error) {
 	list, errs := e.store.WithPorts()
 	for _, err := range errs {
 		e.Log.Error("a record cannot be read", "error", err)
 	}
 	if len(list) == 0 && !e.portsSeen {
-		return nil // no pod has ports: not even a look
+		return false, nil // no pod has ports: not even a look
 	}
-	lock, err := e.store.Lock(ctx, attachment.HostPorts)
+	lock, err := e.tryLock(attachment.HostPorts)
 	if err != nil {
-		return err
+		return true, nil
 	}
 	defer lock.Release()
 	e.ports.Inherit(lock.File())
 	defer e.ports.Inherit(nil)
 	alive, err := e.alive()
 	if err != nil {
-		return err
+		return false, err
 	}
 	for _, f := range rule.Families {
 		e.ports.Want(hostport.State(f, alive))
@@ -230,7 +234,7 @@ func (e *Engine) repairPorts(ctx context.Context) error {
 		e.repaired("hostports", []string{"rules that are not what the records of attached pods say"})
 	}
 	e.portsSeen = len(alive) > 0 || err != nil
-	return err
+	return false, err
 }
 
 // alive are the attachments with ports whose link is there; read again under the lock.

@@ -67,9 +67,10 @@ const (
 func (e *Engine) account(d policy.Delta, begin time.Time, r dataplane.Result, failed error, broken []error) {
 	now := time.Now()
 	problems := slices.Clone(e.Source.Problems())
-	for _, err := range broken {
+	for _, err := range slices.Concat(broken, r.Refused) {
 		problems = append(problems, err.Error())
 	}
+	e.Metrics.Failures.WithLabelValues("restore").Add(float64(len(r.Refused)))
 	unusable := e.index.Problems()
 	e.mu.Lock()
 	for _, i := range d.Interfaces {
@@ -168,11 +169,11 @@ func (e *Engine) report(unusable []policy.Problem, problems []string) {
 		now[p] = true
 	}
 	for _, text := range slices.Sorted(maps.Keys(now)) {
-		if !e.unreported[text] {
+		if !e.reported[text] {
 			e.Log.Warn(text)
 		}
 	}
-	e.unreported = now
+	e.reported = now
 }
 
 // withRecords is the cluster with the addresses of this node's pods as their records have them.

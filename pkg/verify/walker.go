@@ -356,14 +356,17 @@ func (w *walker) attached(ctx context.Context, records map[attachment.Key]*attac
 	for _, key := range sortedKeys(records) {
 		a := records[key]
 		w.mu.Lock()
-		was := w.now.records[key]
+		was, alone := w.now.records[key], len(w.stage.records) == 1
 		w.now = w.now.after(step{records: map[attachment.Key]*attachment.Attachment{key: a}})
 		w.stage.records = append(w.stage.records, w.now.records)
 		w.mu.Unlock()
 		var err error
 		switch {
 		case a != nil:
-			err = store.Put(a)
+			// Who asks is seen before records that were written before his, of which the stage would have to know.
+			if err = store.Put(a); err == nil && alone && d.chance(2) {
+				err = w.guard(ctx, a)
+			}
 		case was != nil:
 			err = w.detach(ctx, store, was, d.chance(2))
 		}
@@ -372,6 +375,59 @@ func (w *walker) attached(ctx context.Context, records map[attachment.Key]*attac
 		}
 	}
 	return nil
+}
+
+// guard asks as the plugin's ADD does, if the engine can say yes: whoever is told to be guarded is ready in the kernel.
+func (w *walker) guard(ctx context.Context, a *attachment.Attachment) error {
+	lawful := slices.ContainsFunc(w.now.locals(), func(l policy.Local) bool {
+		return l.Interface == a.HostInterface && l.Ready && slices.Equal(l.Addresses, a.Addresses)
+	})
+	if !lawful {
+		return nil
+	}
+	within, done := w.patience(ctx)
+	defer done()
+	if err := w.engine.Guard(within, a); err != nil {
+		if !w.hasCrashed() {
+			w.find(fmt.Sprintf("record %s: %v", a.Key(), err))
+		}
+		return nil
+	}
+	all, err := w.sets.List(rule.SetPrefix)
+	for _, address := range a.Addresses {
+		entry := rule.Entry{Prefix: single(address), Iface: a.HostInterface}
+		ready := slices.ContainsFunc(all, func(s rule.Set) bool {
+			return s.Name == rule.ReadySet(rule.FamilyOf(address)) && slices.Contains(s.Entries, entry)
+		})
+		if !ready && err == nil && !w.suspicious() {
+			w.find(fmt.Sprintf("record %s is said to be guarded, and %s is not ready", a.Key(), entry))
+		}
+	}
+	return err
+}
+
+// patience ends after a long time, or when the engine crashes.
+func (w *walker) patience(ctx context.Context) (context.Context, context.CancelFunc) {
+	within, cancel := context.WithTimeout(ctx, walkLimit)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.crash = cancel; w.crashed {
+		cancel()
+	}
+	return within, cancel
+}
+
+func (w *walker) hasCrashed() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.crashed
+}
+
+// suspicious reports whether somebody else may have changed what the kernel holds.
+func (w *walker) suspicious() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.tampered
 }
 
 // detach does what the plugin's DEL does here: it takes the pod out of ready and open sets itself, mostly.
@@ -401,14 +457,9 @@ func (w *walker) detach(ctx context.Context, store *attachment.Store, a *attachm
 // settle waits until what is now is enforced, through crashes.
 func (w *walker) settle(ctx context.Context) error {
 	for {
-		within, cancel := context.WithTimeout(ctx, walkLimit)
-		w.mu.Lock()
-		if w.crash = cancel; w.crashed {
-			cancel()
-		}
-		w.mu.Unlock()
+		within, done := w.patience(ctx)
 		err := w.engine.Settle(within)
-		cancel()
+		done()
 		w.mu.Lock()
 		crashed := w.crashed
 		if w.crash = nil; err == nil && !crashed {
@@ -441,10 +492,7 @@ func (w *walker) wrong(ctx context.Context) (string, error) {
 
 // glance sees whether what somebody else did has been repaired.
 func (w *walker) glance(ctx context.Context) error {
-	w.mu.Lock()
-	tampered := w.tampered
-	w.mu.Unlock()
-	if !tampered {
+	if !w.suspicious() {
 		return nil
 	}
 	text, err := w.wrong(ctx)

@@ -128,9 +128,11 @@ type versioned[T comparable] struct {
 	version uint64 // metadata.resourceVersion
 }
 
-func newCache[T comparable](changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T) *cacheOf[T] {
-	c := &cacheOf[T]{resource: resource, like: like, strip: strip, release: func(T) {}, changes: changes, items: map[string]versioned[T]{},
-		changed: map[string]bool{}}
+func newCache[T comparable](
+	changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T,
+) *cacheOf[T] {
+	c := &cacheOf[T]{resource: resource, like: like, strip: strip, release: func(T) {}, changes: changes,
+		items: map[string]versioned[T]{}, changed: map[string]bool{}}
 	plain := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
 	c.source = &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
@@ -154,8 +156,8 @@ const (
 )
 
 func (c *cacheOf[T]) run(ctx context.Context) {
-	o := cache.ReflectorOptions{Name: c.resource, Backoff: &wait.Backoff{Duration: backoffFirst, Factor: 2, Jitter: 1, Cap: backoffMost,
-		Steps: math.MaxInt32}}
+	backoff := &wait.Backoff{Duration: backoffFirst, Factor: 2, Jitter: 1, Cap: backoffMost, Steps: math.MaxInt32}
+	o := cache.ReflectorOptions{Name: c.resource, Backoff: backoff}
 	cache.NewReflectorWithOptions(c.source, c.like, c, o).RunWithContext(ctx)
 }
 

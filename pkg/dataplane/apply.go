@@ -250,7 +250,9 @@ func (w *work) standIn() error {
 
 // former reports whether a set of another type had an entry, as far as it can tell.
 func former(entries []rule.Entry, e rule.Entry) bool {
-	return slices.ContainsFunc(entries, func(f rule.Entry) bool { return f.Prefix == e.Prefix && (f.Iface == "" || f.Iface == e.Iface) })
+	return slices.ContainsFunc(entries, func(f rule.Entry) bool {
+		return f.Prefix == e.Prefix && (f.Iface == "" || f.Iface == e.Iface)
+	})
 }
 
 // nameOf is where a set's entries go.
@@ -296,7 +298,8 @@ func (w *work) writeRules() error {
 	for {
 		changes := w.ruleChanges(refused)
 		// Also a restore that is said to have failed may have closed something.
-		w.result.Tightened = w.result.Tightened || slices.ContainsFunc(changes, func(c iptables.Change) bool { return len(c.Replace) > 0 })
+		replaces := func(c iptables.Change) bool { return len(c.Replace) > 0 }
+		w.result.Tightened = w.result.Tightened || slices.ContainsFunc(changes, replaces)
 		err := w.restore(changes...)
 		if err == nil {
 			w.noteWritten(changes, refused)

@@ -93,10 +93,11 @@ type Result struct {
 // Wrote reports whether anything was written.
 func (r Result) Wrote() bool { return r.Restores+r.SetMessages > 0 }
 
-// Apply brings the kernel to what is wanted. It works on after an error: a family that fails is closed or as it was where it failed,
-// is read again before the next write, and holds nobody up in the other one; [Plane.Holds] tells what came about. judge, which may be nil, is called between the rules and the ready sets, once, after
-// the rules of every family that could be written, with what was done so far; if it fails, no pod becomes ready. The error joins
-// what went wrong in each family; the same call again goes on where this one stopped.
+// Apply brings the kernel to what is wanted. judge, which may be nil, is called between the rules and the ready sets, once, after the
+// rules of every family that could be written, with what was done so far; if it fails, no pod becomes ready.
+//
+// A family that fails is closed or as it was where it failed, is read again before the next write, and holds nobody up in the other
+// one; [Plane.Holds] tells what came about. The error joins what went wrong in each; the same call again goes on from there.
 func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (result Result, err error) {
 	if err := p.open(); err != nil {
 		return result, err

@@ -16,10 +16,10 @@ import (
 )
 
 // suspects are the addresses whose live flows may not be allowed any more. They are gathered with the changes (suspect) and kept
-// until a pass has succeeded: due is set by whatever is taken away in the kernel, also by a write that failed and may have been done
-// all the same, or that put right what may have been open; without it nothing was lost, and they are let go unjudged. What was
-// judged is judged once more a little later (again, and next for those who come while its time runs), for packets that were on
-// their way while the rules changed.
+// until a pass has succeeded: due is set by whatever is taken away in the kernel, also by a write that failed and may have been
+// done all the same, or that put right what may have been open; without it nothing was lost, and they are let go unjudged. What
+// was judged is judged once more a little later (again, and next for those who come while its time runs), for packets that were
+// on their way while the rules changed.
 type suspects struct {
 	due       bool // something was taken away in the kernel
 	all       bool // any address of this node's pods

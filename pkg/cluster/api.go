@@ -35,6 +35,7 @@ type API struct {
 	pods       *cacheOf[*object.Pod]
 	namespaces *cacheOf[*object.Namespace]
 	policies   *cacheOf[*networkingv1.NetworkPolicy]
+	nodes      *cacheOf[*object.Node]
 }
 
 // FromAPI returns a source that lists and watches once it runs.
@@ -42,6 +43,9 @@ func FromAPI(config *rest.Config) (*API, error) {
 	config = rest.CopyConfig(config)
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	if config.QPS == 0 { // client-go's 5 a second are few for three kinds on one client; reflectors pause by themselves
+		config.QPS, config.Burst = 20, 40
+	}
 	core, err := corev1client.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
@@ -63,13 +67,16 @@ func FromAPI(config *rest.Config) (*API, error) {
 		func(o runtime.Object) *object.Namespace { return toNamespace(o.(*corev1.Namespace)) })
 	a.policies = newCache(a.changes, networking.RESTClient(), "networkpolicies", &networkingv1.NetworkPolicy{},
 		func(o runtime.Object) *networkingv1.NetworkPolicy { return toPolicy(o.(*networkingv1.NetworkPolicy)) })
+	a.nodes = newCache(a.changes, core.RESTClient(), "nodes", &corev1.Node{},
+		func(o runtime.Object) *object.Node { return toNode(o.(*corev1.Node)) })
+	a.nodes.also = newSignal()
 	return a, nil
 }
 
 // Run implements [Source].
 func (a *API) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	for _, run := range []func(context.Context){a.pods.run, a.namespaces.run, a.policies.run} {
+	for _, run := range []func(context.Context){a.pods.run, a.namespaces.run, a.policies.run, a.nodes.run} {
 		wg.Go(func() { run(ctx) })
 	}
 	wg.Wait()
@@ -80,28 +87,40 @@ func (a *API) Run(ctx context.Context) error {
 func (a *API) Changes() <-chan struct{} { return a.changes }
 
 // Synced implements [Source].
-func (a *API) Synced() bool { return a.pods.synced() && a.namespaces.synced() && a.policies.synced() }
+func (a *API) Synced() bool {
+	return a.pods.synced() && a.namespaces.synced() && a.policies.synced() && a.nodes.synced()
+}
+
+// NodeChanges implements [Source].
+func (a *API) NodeChanges() <-chan struct{} { return a.nodes.also }
+
+// Nodes implements [Source].
+func (a *API) Nodes() ([]*object.Node, bool) {
+	c := object.Cluster{Nodes: a.nodes.list()}
+	order(&c)
+	return c.Nodes, a.nodes.synced()
+}
 
 // Snapshot implements [Source].
 func (a *API) Snapshot() object.Cluster {
-	c := object.Cluster{Pods: a.pods.list(), Namespaces: a.namespaces.list(), Policies: a.policies.list()}
+	c := object.Cluster{Pods: a.pods.list(), Namespaces: a.namespaces.list(), Policies: a.policies.list(), Nodes: a.nodes.list()}
 	order(&c)
 	return c
 }
 
 // Take implements [Source].
 func (a *API) Take() object.Changes {
-	return object.Changes{Pods: a.pods.take(), Namespaces: a.namespaces.take(), Policies: a.policies.take()}
+	return object.Changes{Pods: a.pods.take(), Namespaces: a.namespaces.take(), Policies: a.policies.take(), Nodes: a.nodes.take()}
 }
 
 // Problems implements [Source].
 func (a *API) Problems() []string {
-	return slices.Concat(a.pods.problems(), a.namespaces.problems(), a.policies.problems())
+	return slices.Concat(a.pods.problems(), a.namespaces.problems(), a.policies.problems(), a.nodes.problems())
 }
 
 // Reread implements [Source].
 func (a *API) Reread(ctx context.Context) error {
-	return errors.Join(a.pods.reread(ctx), a.namespaces.reread(ctx), a.policies.reread(ctx))
+	return errors.Join(a.pods.reread(ctx), a.namespaces.reread(ctx), a.policies.reread(ctx), a.nodes.reread(ctx))
 }
 
 // cacheOf keeps the stripped objects of one kind; it is the store that a reflector fills.
@@ -112,6 +131,7 @@ type cacheOf[T comparable] struct {
 	release  func(T) // called for what strip returned and is not kept any more
 	source   *cache.ListWatch
 	changes  signal
+	also     signal // nil, or told of this kind's changes alone
 
 	mu    sync.Mutex
 	full  bool
@@ -250,6 +270,7 @@ func (c *cacheOf[T]) gone(key string) {
 func (c *cacheOf[T]) tell() {
 	if len(c.changed) > 0 {
 		c.changes.send()
+		c.also.send()
 	}
 }
 
@@ -312,6 +333,7 @@ func (c *cacheOf[T]) Replace(list []any, version string) error {
 	}
 	c.items, c.full, c.newest = items, true, newest
 	c.changes.send() // that the kind is full is news too
+	c.also.send()
 	return nil
 }
 

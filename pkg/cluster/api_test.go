@@ -199,7 +199,7 @@ func shown(t *testing.T, s cluster.Source, when string) {
 	t.Helper()
 	nettest.Eventually(t, awayLimit, "problems "+when, func() error {
 		p := strings.Join(s.Problems(), "\n")
-		for _, resource := range []string{"pods", "namespaces", "networkpolicies"} {
+		for _, resource := range []string{"pods", "namespaces", "networkpolicies", "nodes"} {
 			if !strings.Contains(p, " "+resource+": ") {
 				return fmt.Errorf("problems %q do not name %s", p, resource)
 			}

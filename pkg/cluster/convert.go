@@ -65,6 +65,29 @@ func ports(s *corev1.PodSpec) []object.Port {
 	return list
 }
 
+// toNode keeps of a Node what other nodes reach it and its pods by.
+func toNode(n *corev1.Node) *object.Node {
+	out := &object.Node{Name: n.Name}
+	for _, a := range n.Status.Addresses {
+		if a.Type != corev1.NodeInternalIP {
+			continue
+		}
+		if addr, err := netip.ParseAddr(a.Address); err == nil && !slices.Contains(out.Addresses, addr.Unmap()) {
+			out.Addresses = append(out.Addresses, addr.Unmap())
+		}
+	}
+	cidrs := n.Spec.PodCIDRs
+	if len(cidrs) == 0 {
+		cidrs = []string{n.Spec.PodCIDR}
+	}
+	for _, text := range cidrs {
+		if p, err := netip.ParsePrefix(text); err == nil && !p.Addr().Is4In6() && !slices.Contains(out.PodCIDRs, p.Masked()) {
+			out.PodCIDRs = append(out.PodCIDRs, p.Masked())
+		}
+	}
+	return out
+}
+
 func toNamespace(n *corev1.Namespace) *object.Namespace {
 	return &object.Namespace{Name: n.Name, Labels: n.Labels}
 }

@@ -1,4 +1,4 @@
-// Package cluster is where Pods, Namespaces and NetworkPolicies come from: an API server ([FromAPI]) or, without any cluster, a
+// Package cluster is where Pods, Namespaces, NetworkPolicies and Nodes come from: an API server ([FromAPI]) or, without any cluster, a
 // folder of manifests ([FromFolder]). Both keep only what postern reads (package object) and are the same to their user: objects
 // may be used once [Source.Synced], and [Source.Changes] says when to look again.
 package cluster
@@ -19,6 +19,10 @@ type Source interface {
 	Synced() bool
 	// Snapshot returns the objects as they are now.
 	Snapshot() object.Cluster
+	// Nodes returns the nodes as they are now, and whether all have been read once: what Snapshot and Synced say, of nodes alone.
+	Nodes() (nodes []*object.Node, synced bool)
+	// NodeChanges receives a value after a change of a node; several changes may be one value.
+	NodeChanges() <-chan struct{}
 	// Take returns what has changed since it was last called; at first, everything.
 	Take() object.Changes
 	// Problems says in words what keeps the source from knowing the objects as they are; empty in good times.
@@ -27,7 +31,7 @@ type Source interface {
 	Reread(ctx context.Context) error
 }
 
-// signal is a channel that holds one value at most.
+// signal is a channel that holds one value at most. Nobody listens to a nil one.
 type signal chan struct{}
 
 func newSignal() signal { return make(signal, 1) }

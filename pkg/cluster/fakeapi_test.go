@@ -61,6 +61,7 @@ type happened struct {
 var groups = map[string]schema.GroupVersion{
 	"/api/v1/pods":       corev1.SchemeGroupVersion,
 	"/api/v1/namespaces": corev1.SchemeGroupVersion,
+	"/api/v1/nodes":      corev1.SchemeGroupVersion,
 	"/apis/networking.k8s.io/v1/networkpolicies": networkingv1.SchemeGroupVersion,
 }
 
@@ -86,6 +87,8 @@ func resourceOf(o runtime.Object) string {
 		return "pods"
 	case *corev1.Namespace:
 		return "namespaces"
+	case *corev1.Node:
+		return "nodes"
 	case *networkingv1.NetworkPolicy:
 		return "networkpolicies"
 	}
@@ -221,7 +224,7 @@ func (a *fakeAPI) list(resource string) runtime.Object {
 	head := metav1.ListMeta{ResourceVersion: strconv.FormatUint(a.version, 10)}
 	list := map[string]runtime.Object{
 		"pods": &corev1.PodList{ListMeta: head}, "namespaces": &corev1.NamespaceList{ListMeta: head},
-		"networkpolicies": &networkingv1.NetworkPolicyList{ListMeta: head},
+		"networkpolicies": &networkingv1.NetworkPolicyList{ListMeta: head}, "nodes": &corev1.NodeList{ListMeta: head},
 	}[resource]
 	if err := meta.SetList(list, a.sorted(resource)); err != nil {
 		panic(err)
@@ -325,5 +328,5 @@ func endOfInitialEvents(resource string, version uint64) runtime.Object {
 	head := metav1.ObjectMeta{ResourceVersion: strconv.FormatUint(version, 10),
 		Annotations: map[string]string{metav1.InitialEventsAnnotationKey: "true"}}
 	return map[string]runtime.Object{"pods": &corev1.Pod{ObjectMeta: head}, "namespaces": &corev1.Namespace{ObjectMeta: head},
-		"networkpolicies": &networkingv1.NetworkPolicy{ObjectMeta: head}}[resource]
+		"networkpolicies": &networkingv1.NetworkPolicy{ObjectMeta: head}, "nodes": &corev1.Node{ObjectMeta: head}}[resource]
 }

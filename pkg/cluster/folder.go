@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -25,6 +26,7 @@ import (
 type Folder struct {
 	dir     string
 	changes signal
+	nodes   signal // nodes have changed
 
 	mu       sync.Mutex
 	synced   bool
@@ -43,7 +45,7 @@ type file struct {
 
 // FromFolder returns a source that reads a folder once it runs.
 func FromFolder(dir string) *Folder {
-	return &Folder{dir: dir, changes: newSignal(), files: map[string]*file{}}
+	return &Folder{dir: dir, changes: newSignal(), nodes: newSignal(), files: map[string]*file{}}
 }
 
 // ReadFolder reads a folder once. The error joins all that is wrong with all files.
@@ -66,6 +68,16 @@ func (f *Folder) Synced() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.synced
+}
+
+// NodeChanges implements [Source].
+func (f *Folder) NodeChanges() <-chan struct{} { return f.nodes }
+
+// Nodes implements [Source].
+func (f *Folder) Nodes() ([]*object.Node, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.snapshot.Nodes, f.synced
 }
 
 // Snapshot implements [Source].
@@ -277,7 +289,11 @@ func (f *Folder) assemble() {
 	}
 	slices.SortFunc(files, func(a, b named) int { return strings.Compare(a.file, b.file) })
 	var twice []string
+	was := f.snapshot.Nodes
 	f.snapshot, twice = merge(files)
+	if !f.synced && complete || !reflect.DeepEqual(was, f.snapshot.Nodes) {
+		f.nodes.send()
+	}
 	slices.Sort(problems)
 	f.problems = append(problems, twice...)
 	f.synced = f.synced || complete

@@ -26,6 +26,7 @@ type objects struct {
 	pods       []*object.Pod
 	namespaces []*object.Namespace
 	policies   []*networkingv1.NetworkPolicy
+	nodes      []*object.Node
 }
 
 // ParseManifests reads one text of manifests, YAML or JSON, any number of documents, Lists among them, as the API server would
@@ -142,7 +143,9 @@ func (o *objects) add(doc json.RawMessage, kind string) error {
 		return o.addNamespace(doc)
 	case "networking.k8s.io/v1 NetworkPolicy":
 		return o.addPolicy(doc)
-	case "v1 List", "v1 PodList", "v1 NamespaceList", "networking.k8s.io/v1 NetworkPolicyList":
+	case "v1 Node":
+		return o.addNode(doc)
+	case "v1 List", "v1 PodList", "v1 NamespaceList", "v1 NodeList", "networking.k8s.io/v1 NetworkPolicyList":
 		item := strings.TrimSuffix(of, "List")
 		var errs []error
 		for i, text := range head.Items {
@@ -155,9 +158,9 @@ func (o *objects) add(doc json.RawMessage, kind string) error {
 	if head.Kind == "" || head.APIVersion == "" {
 		return fmt.Errorf("apiVersion %q, kind %q: both are needed", head.APIVersion, head.Kind)
 	}
-	for _, ours := range []string{"Pod", "Namespace", "NetworkPolicy"} {
+	for _, ours := range []string{"Pod", "Namespace", "NetworkPolicy", "Node"} {
 		if strings.EqualFold(head.Kind, ours) {
-			return fmt.Errorf("apiVersion %q, kind %q: known are v1 Pod, v1 Namespace and networking.k8s.io/v1 NetworkPolicy",
+			return fmt.Errorf("apiVersion %q, kind %q: known are v1 Pod, v1 Namespace, v1 Node and networking.k8s.io/v1 NetworkPolicy",
 				head.APIVersion, head.Kind)
 		}
 	}
@@ -188,6 +191,15 @@ func (o *objects) addPolicy(doc []byte) error {
 		return err
 	}
 	o.policies = append(o.policies, toPolicy(&p))
+	return nil
+}
+
+func (o *objects) addNode(doc []byte) error {
+	var n corev1.Node
+	if err := decode(doc, &n, &n.ObjectMeta); err != nil {
+		return err
+	}
+	o.nodes = append(o.nodes, toNode(&n))
 	return nil
 }
 
@@ -254,6 +266,11 @@ func merge(files []named) (object.Cluster, []string) {
 		}
 	}
 	for _, f := range files {
+		for _, n := range f.nodes {
+			if first("Node "+n.Name, f.file) {
+				c.Nodes = append(c.Nodes, n)
+			}
+		}
 		for _, p := range f.pods {
 			if first("Pod "+p.Key(), f.file) {
 				exists(p.Namespace)
@@ -275,6 +292,7 @@ func merge(files []named) (object.Cluster, []string) {
 func order(c *object.Cluster) {
 	slices.SortFunc(c.Pods, func(a, b *object.Pod) int { return byName(a.Namespace, a.Name, b.Namespace, b.Name) })
 	slices.SortFunc(c.Namespaces, func(a, b *object.Namespace) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(c.Nodes, func(a, b *object.Node) int { return strings.Compare(a.Name, b.Name) })
 	slices.SortFunc(c.Policies, func(a, b *networkingv1.NetworkPolicy) int {
 		return byName(a.Namespace, a.Name, b.Namespace, b.Name)
 	})

@@ -27,6 +27,9 @@ func contents(c object.Cluster) []string {
 	for _, p := range c.Policies {
 		names = append(names, "policy "+p.Namespace+"/"+p.Name)
 	}
+	for _, n := range c.Nodes {
+		names = append(names, "node "+n.Name)
+	}
 	return names
 }
 
@@ -51,6 +54,7 @@ func TestManifestsAreReadAsTheAPIServerWouldTakeThem(t *testing.T) {
 		{"only comments, and documents of nothing else", "# a\n---\n# b\n---\nnull\n---\n", []string{}},
 		{"a pod", pod, []string{"pod shop/web", "namespace shop"}},
 		{"a namespace", manifestOf("Namespace", "", "lab"), []string{"namespace lab"}},
+		{"a node", manifestOf("Node", "", "n1"), []string{"node n1"}},
 		{"a policy", policy, []string{"namespace shop", "policy shop/db"}},
 		{"no namespace is default", manifestOf("Pod", "", "web") + "---\n" + manifestOf("NetworkPolicy", "", "db"),
 			[]string{"pod default/web", "namespace default", "policy default/db"}},

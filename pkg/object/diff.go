@@ -8,6 +8,7 @@ func Diff(was, is Cluster) Changes {
 		Pods:       diff(was.Pods, is.Pods, (*Pod).Key),
 		Namespaces: diff(was.Namespaces, is.Namespaces, func(n *Namespace) string { return n.Name }),
 		Policies:   diff(was.Policies, is.Policies, PolicyKey),
+		Nodes:      diff(was.Nodes, is.Nodes, func(n *Node) string { return n.Name }),
 	}
 }
 

@@ -1,7 +1,7 @@
-// Package object holds the few fields of Pods and Namespaces that postern reads, and the cluster as one value.
+// Package object holds the few fields of Pods, Namespaces and Nodes that postern reads, and the cluster as one value.
 //
 // Package cluster fills these from an API server or a folder of manifests and drops everything else, so that a remote pod
-// costs a few hundred bytes. Packages policy and explain read them. NetworkPolicies are kept as the API's own type.
+// costs a few hundred bytes. Packages policy and explain read them, Nodes package nodenet. NetworkPolicies are kept as the API's own type.
 // Values are immutable once handed out: whoever sees a change makes a new one.
 package object
 
@@ -62,19 +62,31 @@ type Namespace struct {
 	Labels map[string]string
 }
 
+// Node is what matters of a Node.
+type Node struct {
+	Name string
+	// Addresses are those of status.addresses with the type InternalIP, in the API's order: how other nodes reach it.
+	Addresses []netip.Addr
+	// PodCIDRs are spec.podCIDRs (at most one of each family), host bits zero: the addresses of its pods.
+	PodCIDRs []netip.Prefix
+}
+
 // Cluster is the state of the world at one moment, each list sorted by namespace and name.
 type Cluster struct {
 	Pods       []*Pod
 	Namespaces []*Namespace
 	Policies   []*networkingv1.NetworkPolicy
+	Nodes      []*Node
 }
 
 // PolicyKey returns a NetworkPolicy's "namespace/name".
 func PolicyKey(np *networkingv1.NetworkPolicy) string { return np.Namespace + "/" + np.Name }
 
-// Changes are objects that are new, other than they were, or gone (nil): Pods and Policies by "namespace/name", Namespaces by name.
+// Changes are objects that are new, other than they were, or gone (nil): Pods and Policies by "namespace/name",
+// Namespaces and Nodes by name.
 type Changes struct {
 	Pods       map[string]*Pod
 	Namespaces map[string]*Namespace
 	Policies   map[string]*networkingv1.NetworkPolicy
+	Nodes      map[string]*Node
 }

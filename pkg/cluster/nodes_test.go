@@ -95,7 +95,9 @@ func quietNodes(s cluster.Source) error {
 
 func TestNodesOfAFolderAreWatched(t *testing.T) {
 	dir := t.TempDir()
-	node := func(name, cidr string) string { return manifestOf("Node", "", name) + "spec: {podCIDRs: [" + cidr + "]}\n" }
+	node := func(name, cidr string) string {
+		return manifestOf("Node", "", name) + "spec: {podCIDRs: [" + cidr + "]}\n"
+	}
 	put(t, dir, "n1.yaml", node("n1", "10.244.1.0/24"))
 	f := cluster.FromFolder(dir)
 	if _, synced := f.Nodes(); synced {

@@ -163,11 +163,11 @@ func (w *work) done(s *set, entries []rule.Entry, err error) error {
 	return nil
 }
 
-// growing is the name of the set that is about to take another one's place.
-const growing = rule.SetPrefix + "growing-"
+// growing, after the prefix, begins the name of the set that is about to take another one's place.
+const growing = "growing-"
 
 func (w *work) grow(s *set) error {
-	name := growing + string("0123456789"[w.f.tables.Family])
+	name := w.plane.scope.SetPrefix + growing + string("0123456789"[w.f.tables.Family])
 	if err := w.plane.sets.Destroy(name); err != nil {
 		return err
 	}
@@ -200,8 +200,8 @@ func (w *work) leave(s *set) error {
 	return w.done(s, entries, err)
 }
 
-// standing begins the names of sets that stand in for others.
-const standing = rule.SetPrefix + "instead-"
+// standing, after the prefix, begins the names of sets that stand in for others.
+const standing = "instead-"
 
 // standIn makes room for sets whose names are taken by ones of another type: an older layout of ours. Such a set can be neither
 // swapped nor, as long as rules look into it, removed. So other sets stand in for the wanted ones: everything goes its way with
@@ -217,7 +217,7 @@ func (w *work) standIn() error {
 		}
 		copied := ""
 		for n := 0; copied == "" || w.f.held[copied] != ""; n++ { // one that was left by a process killed here is in use
-			copied = fmt.Sprintf("%s%d-%d", standing, w.f.tables.Family, n)
+			copied = fmt.Sprintf("%s%s%d-%d", w.plane.scope.SetPrefix, standing, w.f.tables.Family, n)
 		}
 		if err := w.create(s.Set, copied, len(s.has)); err != nil {
 			return err

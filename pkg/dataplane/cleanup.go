@@ -79,13 +79,13 @@ func cleanSets() error {
 		return err
 	}
 	defer sets.Close()
-	list, err := sets.List(rule.SetPrefix)
-	if err != nil {
-		return err
-	}
 	var errs []error
-	for _, s := range list {
-		errs = append(errs, sets.Destroy(s.Name))
+	for _, prefix := range []string{rule.SetPrefix, rule.NodeSetPrefix} {
+		list, err := sets.List(prefix)
+		errs = append(errs, err)
+		for _, s := range list {
+			errs = append(errs, sets.Destroy(s.Name))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -22,8 +22,8 @@ var tables = []rule.Table{rule.Raw, rule.Mangle, rule.Filter, rule.NAT}
 type Scope struct {
 	Tables []rule.Table
 	Owns   func(chain string) bool
-	// Sets is false for a scope whose rules use none.
-	Sets bool
+	// SetPrefix begins the names of the scope's sets and of no other scope's; empty for a scope whose rules use none.
+	SetPrefix string
 }
 
 // Plane is one scope of the kernel's state in the network namespace in which it was opened: what is wanted there, and what of that
@@ -136,7 +136,7 @@ func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (result Res
 }
 
 func (p *Plane) open() (err error) {
-	if p.sets == nil && p.scope.Sets {
+	if p.sets == nil && p.scope.SetPrefix != "" {
 		p.sets, err = ipset.Open()
 	}
 	return err
@@ -225,9 +225,9 @@ func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part) (found 
 		found = append(found, f.compareTable(table, p.scope.within(a), known)...)
 	}
 	switch {
-	case !p.scope.Sets:
+	case p.scope.SetPrefix == "":
 	case asked(""):
-		list, err := p.sets.List(rule.SetPrefix)
+		list, err := p.sets.List(p.scope.SetPrefix)
 		if err != nil {
 			return nil, err
 		}
@@ -245,7 +245,7 @@ func (p *Plane) Glance() (differ []Part, err error) {
 	if err := p.open(); err != nil {
 		return nil, err
 	}
-	counts, err := p.sets.Counts(rule.SetPrefix)
+	counts, err := p.sets.Counts(p.scope.SetPrefix)
 	if err != nil {
 		return nil, err
 	}
@@ -317,11 +317,18 @@ var HostPorts = Scope{
 	},
 }
 
+// Nodes is the scope of node networking: what leaves the cluster, and the tunnel between nodes.
+var Nodes = Scope{
+	Tables:    []rule.Table{rule.Raw, rule.Mangle, rule.NAT},
+	Owns:      func(chain string) bool { return chain == "POSTERN-MASQ" || strings.HasPrefix(chain, "POSTERN-TUNNEL") },
+	SetPrefix: rule.NodeSetPrefix,
+}
+
 // Policies is the scope of everything else.
 var Policies = Scope{
-	Tables: []rule.Table{rule.Raw, rule.Mangle, rule.Filter},
-	Owns:   func(chain string) bool { return iptables.Ours(chain) && !HostPorts.Owns(chain) },
-	Sets:   true,
+	Tables:    []rule.Table{rule.Raw, rule.Mangle, rule.Filter},
+	Owns:      func(chain string) bool { return iptables.Ours(chain) && !HostPorts.Owns(chain) && !Nodes.Owns(chain) },
+	SetPrefix: rule.SetPrefix,
 }
 
 // WriteRules makes one family's chains and hooks of a scope what the state says, with at most one restore, whatever they were.

@@ -69,6 +69,7 @@ func (d dice) matches(f rule.Family) (list []rule.Match) {
 		in,
 		rule.CTState{States: one(d, "ESTABLISHED", "INVALID,NEW", "NEW,RELATED,UNTRACKED", "DNAT", "SNAT"), Not: d.coin()},
 		rule.AddrType{DstType: "LOCAL", SrcType: one(d, "", "LOCAL")},
+		rule.SourceMAC{MAC: [6]byte{byte(d.Uint32()), byte(d.Uint32()), 0xab, byte(d.Uint32()), 0, byte(d.Uint32())}},
 	} {
 		if d.IntN(3) == 0 {
 			list = append(list, m)

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -207,6 +208,11 @@ func (p *parser) plain(word string) {
 		p.match(rule.ICMPType{Proto: p.proto, Type: uint8(n)})
 	case "--comment":
 		p.rule.Comment = p.next()
+	case "--mac-source":
+		mac, err := net.ParseMAC(p.next()) // either backend may write it in either case
+		if p.failed = p.failed || err != nil || len(mac) != 6; !p.failed {
+			p.match(rule.SourceMAC{MAC: [6]byte(mac)})
+		}
 	case "-j":
 		p.target(p.next())
 	case "-g":
@@ -226,7 +232,7 @@ func (p *parser) plain(word string) {
 
 // module takes the name of a match's module; all of ours but rpfilter show in their options.
 func (p *parser) module(name string) {
-	known := []string{"tcp", "udp", "sctp", "icmp", "icmp6", "comment", "set", "conntrack", "rpfilter", "addrtype"}
+	known := []string{"tcp", "udp", "sctp", "icmp", "icmp6", "comment", "set", "conntrack", "rpfilter", "addrtype", "mac"}
 	p.failed = p.failed || !slices.Contains(known, name)
 	if name == "rpfilter" {
 		p.match(rule.RPFilter{})

@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 
@@ -128,6 +129,8 @@ func match(m rule.Match) string {
 		return not(m.Not) + " -d " + m.Prefix.String()
 	case rule.InSet:
 		return " -m set" + not(m.Not) + " --match-set " + m.Name + " " + m.Dirs
+	case rule.SourceMAC:
+		return " -m mac --mac-source " + net.HardwareAddr(m.MAC[:]).String()
 	case rule.CTState:
 		return " -m conntrack" + not(m.Not) + " --ctstate " + m.States
 	case rule.Syn:

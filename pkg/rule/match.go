@@ -55,6 +55,9 @@ type InSet struct {
 	Not  bool
 }
 
+// SourceMAC matches the Ethernet source address, of packets that come in by a link that has such.
+type SourceMAC struct{ MAC [6]byte }
+
 // CTState matches conntrack's view of the packet: a comma-separated list, in alphabetical order, of ESTABLISHED, INVALID,
 // NEW, RELATED, UNTRACKED, DNAT, SNAT (iptables-extensions(8), conntrack, --ctstate).
 type CTState struct {
@@ -87,6 +90,7 @@ func (DestPorts) isMatch() {}
 func (Source) isMatch()    {}
 func (Dest) isMatch()      {}
 func (InSet) isMatch()     {}
+func (SourceMAC) isMatch() {}
 func (CTState) isMatch()   {}
 func (Syn) isMatch()       {}
 func (RPFilter) isMatch()  {}

@@ -3,8 +3,11 @@ package rule
 // Names of the sets with a role of their own. The plugin takes a pod out of the ready sets by itself, policyd away or not, so
 // both programs know the names.
 
-// SetPrefix begins the names of all sets of ours.
-const SetPrefix = "pst-"
+// SetPrefix begins the names of the sets of policies, NodeSetPrefix those of node networking.
+const (
+	SetPrefix     = "pst-"
+	NodeSetPrefix = "pstn-"
+)
 
 // Direction is one of the two that policies speak of.
 type Direction string

@@ -21,7 +21,7 @@ var tiers = [][]string{
 	{"pkg/rule", "pkg/object", "pkg/attachment", "pkg/metrics", "pkg/nlevents", "pkg/nfnetlink"},
 	{"pkg/gate", "pkg/iptables", "pkg/ipset", "pkg/conntrack", "pkg/policy", "pkg/explain", "pkg/ipam", "pkg/podlink"},
 	{"pkg/hostport", "pkg/compile", "pkg/cluster", "pkg/cniconf", "pkg/dataplane"},
-	{"pkg/attach"},
+	{"pkg/attach", "pkg/nodenet"},
 	{"pkg/engine"},
 	{"plugin", "policyd"},
 }

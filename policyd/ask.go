@@ -21,6 +21,7 @@ import (
 	"github.com/postern-cni/postern/pkg/engine"
 	"github.com/postern-cni/postern/pkg/explain"
 	"github.com/postern-cni/postern/pkg/gate"
+	"github.com/postern-cni/postern/pkg/nodenet"
 	"github.com/postern-cni/postern/pkg/object"
 )
 
@@ -239,9 +240,10 @@ func cleanupCommand(ctx context.Context, flags *flag.FlagSet, args []string, std
 			return fmt.Errorf("policyd is running on %s and would write everything anew: end it first, or give --force", *stateDir)
 		}
 	}
-	if err := dataplane.Cleanup(ctx); err != nil {
+	if err := errors.Join(nodenet.Unwire(), dataplane.Cleanup(ctx)); err != nil {
 		return err
 	}
-	fmt.Fprintln(stdout, "removed all chains, rules and sets of postern, in both iptables backends; pods are not guarded any more")
+	fmt.Fprintln(stdout, "removed all chains, rules and sets of postern, in both iptables backends, and routes and tunnels to other nodes; "+
+		"pods are not guarded any more")
 	return nil
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/postern-cni/postern/pkg/gate"
 	"github.com/postern-cni/postern/pkg/iptables"
 	"github.com/postern-cni/postern/pkg/metrics"
+	"github.com/postern-cni/postern/pkg/nodenet"
 )
 
 // options are the flags of run.
@@ -38,6 +39,7 @@ type options struct {
 	logLevel         slog.Level
 	logJSON          bool
 	pprof            bool
+	nodes            nodeOptions
 }
 
 func (o *options) register(flags *flag.FlagSet) {
@@ -57,6 +59,7 @@ func (o *options) register(flags *flag.FlagSet) {
 	flags.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	flags.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
 	flags.BoolVar(&o.pprof, "pprof", false, "serve /debug/pprof/ too")
+	o.nodes.register(flags)
 }
 
 func (o *options) check() (problems []string) {
@@ -87,7 +90,7 @@ func (o *options) check() (problems []string) {
 			problems = append(problems, fmt.Sprintf("--listen %q: ADDRESS:PORT is expected: %v", o.listen, err))
 		}
 	}
-	return problems
+	return append(problems, o.nodes.check()...)
 }
 
 func runCommand(ctx context.Context, flags *flag.FlagSet, args []string, _ io.Writer) error {
@@ -124,8 +127,12 @@ func runCommand(ctx context.Context, flags *flag.FlagSet, args []string, _ io.Wr
 	if err != nil {
 		return err
 	}
+	d, err := o.daemon(source, backend, e.Ready, m, log)
+	if err != nil {
+		return err
+	}
 	log.Info("policyd starts", "version", version, "node", o.node, "iptablesBackend", backend, "stateDir", o.stateDir)
-	err = serve(ctx, &o, e, m, log)
+	err = serve(ctx, &o, e, d, m, log)
 	log.Info("policyd ends; the rules stay in force")
 	return err
 }
@@ -166,8 +173,8 @@ func restConfig(kubeconfig string) (*rest.Config, error) {
 	return config, nil
 }
 
-// serve runs the engine, its socket and its port until the context ends or one of them fails.
-func serve(ctx context.Context, o *options, e *engine.Engine, m *metrics.Metrics, log *slog.Logger) error {
+// serve runs the engine, the node's network if it is ours to keep, the engine's socket and its port until the context ends or one of them fails.
+func serve(ctx context.Context, o *options, e *engine.Engine, d *nodenet.Daemon, m *metrics.Metrics, log *slog.Logger) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	socket, err := gate.Listen(o.stateDir)
@@ -190,9 +197,12 @@ func serve(ctx context.Context, o *options, e *engine.Engine, m *metrics.Metrics
 		})
 	}
 	part(e.Run)
+	if d != nil {
+		part(d.Run)
+	}
 	part(func(ctx context.Context) error { return gate.Serve(ctx, socket, e) })
 	if port != nil {
-		part(func(ctx context.Context) error { return serveHTTP(ctx, port, handler(e, m, o.pprof)) })
+		part(func(ctx context.Context) error { return serveHTTP(ctx, port, handler(e, both(e.Ready, d), m, o.pprof)) })
 	}
 	<-ctx.Done()
 	wg.Wait()
@@ -202,7 +212,7 @@ func serve(ctx context.Context, o *options, e *engine.Engine, m *metrics.Metrics
 	return nil
 }
 
-func handler(e *engine.Engine, m *metrics.Metrics, profiles bool) http.Handler {
+func handler(e *engine.Engine, ready func() error, m *metrics.Metrics, profiles bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", m.Handler())
 	health := func(check func() error) http.HandlerFunc {
@@ -215,7 +225,7 @@ func handler(e *engine.Engine, m *metrics.Metrics, profiles bool) http.Handler {
 		}
 	}
 	mux.HandleFunc("GET /healthz", health(e.Healthy))
-	mux.HandleFunc("GET /readyz", health(e.Ready))
+	mux.HandleFunc("GET /readyz", health(ready))
 	if profiles {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)

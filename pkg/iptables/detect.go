@@ -28,6 +28,12 @@ func Detect(ctx context.Context) (Backend, error) {
 	return best, nil
 }
 
+// Rules counts the rules that a backend holds, of both families.
+func Rules(ctx context.Context, b Backend) (int, error) {
+	rules, _, err := look(ctx, b)
+	return rules, err
+}
+
 // look counts a backend's rules in both families and looks for kubelet's chains (KEP-3178).
 func look(ctx context.Context, b Backend) (rules int, hint bool, err error) {
 	for _, program := range []string{"iptables-" + string(b) + "-save", "ip6tables-" + string(b) + "-save"} {

@@ -29,6 +29,8 @@ type Metrics struct {
 	Policies prometheus.Gauge
 	Unusable prometheus.Gauge
 	Synced   prometheus.Gauge
+	// NodeFindings are of package nodenet, by kind.
+	NodeFindings *prometheus.GaugeVec
 }
 
 // New makes the collectors; version is policyd's.
@@ -67,10 +69,12 @@ func New(version string) *Metrics {
 		Help: "Chains, hooks and sets found changed by somebody else and put right, by scope."}, []string{"scope"})
 	m.Pods = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "postern", Name: "pods",
 		Help: "Pod interfaces of this node, by state: guarded, expected, unknown."}, []string{"state"})
+	m.NodeFindings = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "postern", Name: "node_findings",
+		Help: "What defeats the node's network, or would, by kind."}, []string{"kind"})
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "postern", Name: "build_info", Help: "1; the version is a label.",
 		ConstLabels: prometheus.Labels{"version": version}})
 	info.Set(1)
-	m.registry.MustRegister(m.Failures, m.Repairs, m.Pods, info,
+	m.registry.MustRegister(m.Failures, m.Repairs, m.Pods, m.NodeFindings, info,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-cni/postern/pkg/object"
+	"github.com/postern-cni/postern/pkg/podlink"
 )
 
 // Look asks the kernel, in the network namespace of the calling thread, for what a plan has to know.
@@ -30,7 +31,11 @@ func Look(others []*object.Node) (Facts, error) {
 	for _, a := range addrs {
 		l, ip := links[a.LinkIndex], address(a.IP)
 		if l != nil && ip.IsGlobalUnicast() {
-			facts.Uplinks[ip] = Uplink{Name: l.Name, MTU: l.MTU}
+			u := Uplink{Index: l.Index, Name: l.Name, MTU: l.MTU}
+			if l.Flags&net.FlagLoopback != 0 { // it says nothing of the links that packets take
+				u.MTU = podlink.DefaultMTU
+			}
+			facts.Uplinks[ip] = u
 		}
 	}
 	for _, n := range others {

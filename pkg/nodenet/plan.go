@@ -49,8 +49,9 @@ type Facts struct {
 
 // Uplink is a link that holds an address of this node.
 type Uplink struct {
-	Name string
-	MTU  int
+	Index int
+	Name  string
+	MTU   int
 }
 
 // Plan is what this node should be like.

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"strings"
+
+	"github.com/postern-cni/postern/pkg/attachment"
 )
 
 // setting is one sysctl: a path below /proc/sys/net and its value. The kernel resolves /proc/sys/net in the network
@@ -83,6 +86,11 @@ var (
 	forwarding4 = setting{"ipv4/ip_forward", "1"}
 	forwarding6 = setting{"ipv6/conf/all/forwarding", "1"}
 )
+
+// Forward lets the node route, in the families of some pods' addresses.
+func Forward(pods, nodeAddresses []netip.Addr) error {
+	return forwarding(Link{Attachment: &attachment.Attachment{Addresses: pods, NodeAddresses: nodeAddresses}})
+}
 
 // forwarding lets the node route, in the families that the pod has. Forwarding makes an interface with accept_ra=1 deaf to
 // router advertisements (Documentation/networking/ip-sysctl), so the uplink, if it listens to them, is told to go on first.

@@ -164,7 +164,7 @@ func (d *Daemon) pass(ctx context.Context, reread bool) error {
 		return d.report(finding(UnknownNode, "there is no node %s: --node must be the name that kubelet has registered", d.Node))
 	}
 	others := slices.Delete(slices.Clone(nodes), at, at+1)
-	facts, err := Look(others)
+	facts, err := Look(others, d.Options)
 	if err != nil {
 		return d.failed("look", err)
 	}
@@ -217,8 +217,12 @@ func (d *Daemon) apply(ctx context.Context, reread bool) error {
 		}
 	}
 	for _, f := range rule.Families {
-		if s := State(d.plan, f); !reflect.DeepEqual(s, d.states[f]) {
+		switch s := State(d.plan, f); {
+		case d.states[f] == nil:
 			d.plane.Want(s)
+			d.states[f] = s
+		case !reflect.DeepEqual(s, d.states[f]):
+			d.plane.Change(Patch(d.states[f], s))
 			d.states[f] = s
 		}
 	}

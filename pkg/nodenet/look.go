@@ -14,7 +14,7 @@ import (
 )
 
 // Look asks the kernel, in the network namespace of the calling thread, for what a plan has to know.
-func Look(others []*object.Node) (Facts, error) {
+func Look(others []*object.Node, o Options) (Facts, error) {
 	facts := Facts{Uplinks: map[netip.Addr]Uplink{}, Shared: map[netip.Addr]int{}}
 	list, err := whole(netlink.LinkList)
 	if err != nil {
@@ -37,6 +37,9 @@ func Look(others []*object.Node) (Facts, error) {
 			}
 			facts.Uplinks[ip] = u
 		}
+	}
+	if o.Tunnel == TunnelAlways {
+		return facts, nil // whatever links are shared
 	}
 	for _, n := range others {
 		for _, a := range n.Addresses {

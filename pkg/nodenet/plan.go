@@ -142,18 +142,36 @@ type planner struct {
 	Plan
 	facts   Facts
 	devices map[rule.Family]*Device
-	claimed []claim
+	// claimed are the pod CIDRs that somebody has, with the name of the node, by length: mostly all have one.
+	claimed map[int]map[netip.Prefix]string
 }
 
-// claim is a pod CIDR and whose it is.
-type claim struct {
-	cidr netip.Prefix
-	node string
+// claim gives a pod CIDR to a node, or returns the CIDR that it overlaps, and whose that is.
+func (p *planner) claim(cidr netip.Prefix, node string) (taken netip.Prefix, by string) {
+	for length, list := range p.claimed {
+		if length <= cidr.Bits() {
+			if cover, err := cidr.Addr().Prefix(length); err == nil && list[cover] != "" {
+				return cover, list[cover]
+			}
+			continue
+		}
+		for other, by := range list {
+			if cidr.Overlaps(other) {
+				return other, by
+			}
+		}
+	}
+	if p.claimed[cidr.Bits()] == nil {
+		p.claimed[cidr.Bits()] = map[netip.Prefix]string{}
+	}
+	p.claimed[cidr.Bits()][cidr] = node
+	return netip.Prefix{}, ""
 }
 
 // NewPlan works out what a node should be like. others are sorted by name.
 func NewPlan(node *object.Node, others []*object.Node, facts Facts, o Options) *Plan {
-	p := &planner{Plan: Plan{Node: node, options: o}, facts: facts, devices: map[rule.Family]*Device{}}
+	p := &planner{Plan: Plan{Node: node, options: o}, facts: facts, devices: map[rule.Family]*Device{},
+		claimed: map[int]map[netip.Prefix]string{}}
 	p.self()
 	for _, n := range others {
 		p.other(n)
@@ -184,7 +202,7 @@ func (p *planner) self() {
 			"or kube-controller-manager --allocate-node-cidrs and --cluster-cidr", p.Node.Name)
 	}
 	for _, cidr := range p.Node.PodCIDRs {
-		p.claimed = append(p.claimed, claim{cidr, p.Node.Name})
+		p.claim(cidr, p.Node.Name)
 		p.Inside = append(p.Inside, cidr)
 		p.Routes = append(p.Routes, Route{Dst: cidr})
 	}
@@ -199,12 +217,11 @@ func (p *planner) other(n *object.Node) {
 		}
 	}
 	for _, cidr := range n.PodCIDRs {
-		if i := slices.IndexFunc(p.claimed, func(c claim) bool { return c.cidr.Overlaps(cidr) }); i >= 0 {
+		if taken, by := p.claim(cidr, n.Name); by != "" {
 			p.find(Overlap, "podCIDR %s of node %s overlaps %s of node %s and is left out: give nodes podCIDRs of their own", cidr, n.Name,
-				p.claimed[i].cidr, p.claimed[i].node)
+				taken, by)
 			continue
 		}
-		p.claimed = append(p.claimed, claim{cidr, n.Name})
 		p.Inside = append(p.Inside, cidr)
 		p.reach(n, cidr)
 	}

@@ -106,68 +106,95 @@ func origins(s *rule.State, p *Plan) {
 		Matches: []rule.Match{rule.In{Name: DevicePrefix + "+"}}, Action: rule.Jump{Chain: ChainOrigin}}})
 }
 
-// branches is how many rules a chain of the tree has at most, besides its last.
-const branches = 16
+// branches is how many rules a chain of the tree has at most, besides its last: four bits of the address tell them apart. So a node
+// that comes or goes changes one chain, or the few around it.
+const (
+	branches = 16
+	stride   = 4
+)
 
 // originTree returns a chain for origins, which are sorted and disjoint, and those that it leads to.
 func originTree(name string, list []Origin) []rule.Chain {
 	chain := rule.Chain{Name: name}
 	var below []rule.Chain
-	for _, group := range split(list) {
-		if len(group) == 1 {
+	for _, g := range branch(list) {
+		if len(g.origins) == 1 {
 			chain.Rules = append(chain.Rules, rule.Rule{
-				Matches: []rule.Match{rule.Source{Prefix: group[0].Prefix}, rule.SourceMAC{MAC: group[0].MAC}}, Action: rule.Return{}})
+				Matches: []rule.Match{rule.Source{Prefix: g.origins[0].Prefix}, rule.SourceMAC{MAC: g.origins[0].MAC}}, Action: rule.Return{}})
 			continue
 		}
-		prefix := cover(group)
-		sum := sha256.Sum256([]byte(prefix.String()))
+		sum := sha256.Sum256([]byte(g.prefix.String()))
 		next := ChainTunnel + "-" + hex.EncodeToString(sum[:6])
-		chain.Rules = append(chain.Rules, rule.Rule{Matches: []rule.Match{rule.Source{Prefix: prefix}}, Action: rule.Goto{Chain: next}})
-		below = append(below, originTree(next, group)...)
+		chain.Rules = append(chain.Rules, rule.Rule{Matches: []rule.Match{rule.Source{Prefix: g.prefix}}, Action: rule.Goto{Chain: next}})
+		below = append(below, originTree(next, g.origins)...)
 	}
 	chain.Rules = append(chain.Rules, rule.Rule{Action: rule.Drop{}, Comment: "a source that is not of the sending node's pods"})
 	return append([]rule.Chain{chain}, below...)
 }
 
-// split divides origins into groups whose covers are disjoint: one each if that is few enough, else at most so many.
-func split(list []Origin) (groups [][]Origin) {
-	if len(list) <= branches {
-		for i := range list {
-			groups = append(groups, list[i:i+1])
-		}
-		return groups
+// group is a branch: all origins in a prefix.
+type group struct {
+	prefix  netip.Prefix
+	origins []Origin
+}
+
+// branch divides origins into groups: one each if that is few enough, else by the next bits in which they differ.
+func branch(list []Origin) (groups []group) {
+	length := 128
+	if len(list) > branches {
+		length = cover(list)/stride*stride + stride
 	}
-	groups = [][]Origin{list}
-	for len(groups) < branches {
-		largest := 0
-		for i, g := range groups {
-			if len(g) > len(groups[largest]) {
-				largest = i
-			}
+	for _, o := range list {
+		prefix := netip.PrefixFrom(o.Prefix.Addr(), min(length, o.Prefix.Bits())).Masked()
+		if last := len(groups) - 1; last >= 0 && groups[last].prefix == prefix {
+			groups[last].origins = append(groups[last].origins, o)
+		} else {
+			groups = append(groups, group{prefix, []Origin{o}})
 		}
-		a, b := halve(groups[largest])
-		groups = slices.Replace(groups, largest, largest+1, a, b)
 	}
 	return groups
 }
 
-// halve divides two or more origins at the first bit in which they differ.
-func halve(list []Origin) (a, b []Origin) {
-	bit := cover(list).Bits()
-	at := slices.IndexFunc(list, func(o Origin) bool { return o.Prefix.Addr().AsSlice()[bit/8]>>(7-bit%8)&1 == 1 })
-	return list[:at], list[at:]
-}
-
-// cover is the longest prefix that all of some sorted origins are in.
-func cover(list []Origin) netip.Prefix {
+// cover is the length of the longest prefix that all of some sorted origins are in.
+func cover(list []Origin) (length int) {
 	first, last := list[0].Prefix.Addr().AsSlice(), list[len(list)-1].Prefix.Addr().AsSlice()
-	same := 0
 	for i := range first {
 		if x := first[i] ^ last[i]; x != 0 {
-			same += bits.LeadingZeros8(x)
-			break
+			return length + bits.LeadingZeros8(x)
 		}
-		same += 8
+		length += 8
 	}
-	return netip.PrefixFrom(list[0].Prefix.Addr(), same).Masked()
+	return length
+}
+
+// Patch returns what leads from one state to another of the same family and with the same hooks.
+func Patch(was, is *rule.State) *rule.Patch {
+	p := rule.NewPatch(is.Family)
+	for table, chains := range was.Chains {
+		for _, c := range chains {
+			p.SetChain(table, c.Name, nil)
+		}
+	}
+	for table, chains := range is.Chains {
+		for _, c := range chains {
+			p.SetChain(table, c.Name, append([]rule.Rule{}, c.Rules...))
+		}
+	}
+	for i, s := range is.Sets { // the same sets as before
+		before, now := map[rule.Entry]bool{}, map[rule.Entry]bool{}
+		for _, e := range s.Entries {
+			now[e] = true
+		}
+		for _, e := range was.Sets[i].Entries {
+			if before[e] = true; !now[e] {
+				p.Leave[s.Name] = append(p.Leave[s.Name], e)
+			}
+		}
+		for _, e := range s.Entries {
+			if !before[e] {
+				p.Join[s.Name] = append(p.Join[s.Name], e)
+			}
+		}
+	}
+	return p
 }

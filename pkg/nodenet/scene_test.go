@@ -54,9 +54,10 @@ type scene struct {
 
 type node struct {
 	*object.Node
-	ns    *nettest.NS
-	plane *dataplane.Plane
-	plan  *nodenet.Plan
+	ns     *nettest.NS
+	plane  *dataplane.Plane
+	plan   *nodenet.Plan
+	states map[rule.Family]*rule.State
 }
 
 const outsideNumber = 99
@@ -116,7 +117,7 @@ func (s *scene) join(t *testing.T, ns *nettest.NS, i int) {
 
 func (s *scene) add(t *testing.T, backend string, i int) *node {
 	t.Helper()
-	n := &node{ns: nettest.NewNS(t, fmt.Sprintf("node%d", i)), Node: &object.Node{Name: fmt.Sprintf("node-%d", i), Addresses: s.addresses(i),
+	n := &node{states: map[rule.Family]*rule.State{}, ns: nettest.NewNS(t, fmt.Sprintf("node%d", i)), Node: &object.Node{Name: fmt.Sprintf("node-%d", i), Addresses: s.addresses(i),
 		PodCIDRs: nettest.Prefixes(fmt.Sprintf("10.244.%d.0/24", i), fmt.Sprintf("fd00:10:244:%d::/64", i))}}
 	s.join(t, n.ns, i)
 	n.ns.Do(t, func() {
@@ -153,13 +154,19 @@ func (s *scene) applyNode(t *testing.T, n *node) (changes []string, err error) {
 		}
 	}
 	n.ns.Do(t, func() {
-		facts, e := nodenet.Look(others)
+		facts, e := nodenet.Look(others, s.options)
 		if e != nil {
 			t.Fatal(e)
 		}
 		n.plan = nodenet.NewPlan(n.Node, others, facts, s.options)
 		for _, f := range rule.Families {
-			n.plane.Want(nodenet.State(n.plan, f))
+			s := nodenet.State(n.plan, f)
+			if n.states[f] == nil {
+				n.plane.Want(s)
+			} else {
+				n.plane.Change(nodenet.Patch(n.states[f], s))
+			}
+			n.states[f] = s
 		}
 		result, e := n.plane.Apply(context.Background(), nil)
 		if e != nil {

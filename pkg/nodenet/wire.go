@@ -193,17 +193,17 @@ type entry struct {
 }
 
 // wantedEntries are a device's, by netlink family.
-func wantedEntries(d Device) map[int][]entry {
-	want := map[int][]entry{unix.AF_BRIDGE: nil, unix.AF_INET: nil, unix.AF_INET6: nil}
+func wantedEntries(d Device) map[int]map[entry]bool {
+	want := map[int]map[entry]bool{unix.AF_BRIDGE: {}, unix.AF_INET: {}, unix.AF_INET6: {}}
 	for _, peer := range d.Peers {
 		mac := MAC(peer.Address)
-		want[unix.AF_BRIDGE] = append(want[unix.AF_BRIDGE], entry{mac, peer.Address})
+		want[unix.AF_BRIDGE][entry{mac, peer.Address}] = true
 		for _, g := range peer.Gateways {
 			family := unix.AF_INET
 			if rule.FamilyOf(g) == rule.IPv6 {
 				family = unix.AF_INET6
 			}
-			want[family] = append(want[family], entry{mac, g})
+			want[family][entry{mac, g}] = true
 		}
 	}
 	return want
@@ -232,7 +232,7 @@ func (w *wiring) peers(d Device, index int) {
 			w.fail(fmt.Errorf("tunnel device %s: %w", d.Name, err))
 			continue
 		}
-		for _, e := range list {
+		for e := range list {
 			if _, there := have[e]; there {
 				continue
 			}
@@ -259,7 +259,7 @@ func (w *wiring) strangers(d Device, index int) {
 		}
 		for e, n := range have {
 			// Multicast groups that the device listens to show as neighbours without end.
-			if slices.Contains(list, e) || e.ip.IsMulticast() {
+			if list[e] || e.ip.IsMulticast() {
 				continue
 			}
 			n.Family = family

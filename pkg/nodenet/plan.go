@@ -190,7 +190,7 @@ func (p *planner) self() {
 		if a := addressOf(p.Node, f); p.facts.Uplinks[a] != (Uplink{}) {
 			p.Addresses = append(p.Addresses, a)
 		} else if a.IsValid() {
-			p.find(NoAddress, "no link of this machine holds %s, which node %s has as its InternalIP: give kubelet the right --node-ip",
+			p.find(ForeignAddress, "no link of this machine holds %s, which node %s has as its InternalIP: give kubelet the right --node-ip",
 				a, p.Node.Name)
 		}
 	}

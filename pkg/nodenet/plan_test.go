@@ -76,7 +76,7 @@ func TestThePlanFollowsFromTheNodes(t *testing.T) {
 			[]string{"refuse 10.1.0.0/24", "refuse fd01::/64"}, 1500, []nodenet.Kind{nodenet.NoWay}},
 		{"no CIDR", nodeOf("me", "192.0.2.1", ""), nil, nil, nodenet.TunnelAuto, nil, 1500, []nodenet.Kind{nodenet.NoPodCIDR}},
 		{"an address that no link has", nodeOf("me", "192.0.2.77", "10.1.0.0/24"), nil, nil, nodenet.TunnelAuto, []string{"refuse 10.1.0.0/24"}, 0,
-			[]nodenet.Kind{nodenet.NoAddress, nodenet.NoAddress}},
+			[]nodenet.Kind{nodenet.ForeignAddress, nodenet.NoAddress}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			facts := nodenet.Facts{Uplinks: uplinks, Shared: map[netip.Addr]int{}}

@@ -75,6 +75,37 @@ func TestNodesAndRemotePodsSeeEachOtherByTheAddressesThatAreDocumented(t *testin
 	})
 }
 
+// Beside kube-proxy, which translates the destination on one node and has that node's address take the client's place.
+func TestAServiceOfOneNodeLeadsToAPodOfAnother(t *testing.T) {
+	ways(t, func(t *testing.T, backend string, l layout, tunnel nodenet.Tunnel) {
+		s := newScene(t, backend, l, 2, nodenet.Options{Tunnel: tunnel})
+		s.apply(t)
+		one := s.nodes[0]
+		pod, addresses := s.nodes[1].pod(t, 10)
+		local, localAt := one.pod(t, 10)
+		serve(t, pod, addresses...)
+		for family, program := range []string{"iptables-", "ip6tables-"} {
+			program += backend
+			service, node := addrs("10.96.0.1", "fd00:10:96::1")[family], one.Addresses[family]
+			for _, to := range []netip.Addr{service, node} {
+				one.ns.Run(t, program, "-w", "-t", "nat", "-A", "PREROUTING", "-d", to.String(), "-p", "tcp", "--dport", "8080", "-j", "DNAT",
+					"--to-destination", at(addresses[family]).String())
+			}
+			one.ns.Run(t, program, "-w", "-t", "nat", "-A", "POSTROUTING", "-m", "conntrack", "--ctorigdst", node.String(), "-j", "MASQUERADE")
+			if got := seenAs(t, local, at(service)); got != localAt[family] {
+				t.Errorf("a pod is seen through a Service as %s, want %s", got, localAt[family])
+			}
+			want := node
+			if tunnel == nodenet.TunnelAlways || l == apart {
+				want = nodenet.Gateway(one.PodCIDRs[family])
+			}
+			if got := seenAs(t, s.outside, at(node)); got != want {
+				t.Errorf("the outside is seen through a node's port as %s, want %s", got, want)
+			}
+		}
+	})
+}
+
 func TestWhatLeavesTheClusterHasTheNodesAddress(t *testing.T) {
 	nettest.Backends(t, func(t *testing.T, backend string) {
 		for _, keep := range []bool{false, true} {

@@ -243,7 +243,7 @@ func cleanupCommand(ctx context.Context, flags *flag.FlagSet, args []string, std
 	if err := errors.Join(nodenet.Unwire(), dataplane.Cleanup(ctx)); err != nil {
 		return err
 	}
-	fmt.Fprintln(stdout, "removed all chains, rules and sets of postern, in both iptables backends, and routes and tunnels to other nodes; "+
-		"pods are not guarded any more")
+	fmt.Fprintln(stdout, "removed all chains, rules and sets of postern, in both iptables backends, and routes and tunnels "+
+		"to other nodes; pods are not guarded any more")
 	return nil
 }

@@ -30,18 +30,20 @@ type nodeOptions struct {
 }
 
 func (o *nodeOptions) register(flags *flag.FlagSet) {
-	flags.BoolVar(&o.on, "node-network", false, "route pods to other nodes, masquerade what leaves the cluster, write the CNI configuration")
-	flags.StringVar(&o.tunnel, "tunnel", string(nodenet.TunnelAuto), "`when` pods reach other nodes through VXLAN: auto (where nodes "+
-		"share no link), always, never; the same on every node")
+	flags.BoolVar(&o.on, "node-network", false, "route pods to other nodes, masquerade what leaves the cluster, write\n"+
+		"the CNI configuration")
+	flags.StringVar(&o.tunnel, "tunnel", string(nodenet.TunnelAuto), "`when` pods reach other nodes through VXLAN: auto (where "+
+		"nodes share no link), always, never; the same on every node")
 	flags.UintVar(&o.port, "tunnel-port", nodenet.DefaultPort, "UDP `port` of the tunnel, the same on every node")
 	flags.UintVar(&o.vni, "tunnel-vni", nodenet.DefaultVNI, "VXLAN network `identifier` of the tunnel, the same on every node")
 	flags.StringVar(&o.keep, "no-masquerade", "", "`list` of prefixes outside of the cluster that see pods' own addresses")
-	flags.StringVar(&o.conf, "cni-conf", "/etc/cni/net.d/10-postern.conflist", "`file` to write for the container runtime; empty for none")
+	flags.StringVar(&o.conf, "cni-conf", "/etc/cni/net.d/10-postern.conflist", "`file` to write for the container runtime; empty "+
+		"for none")
 	flags.StringVar(&o.network, "cni-network", "pods", "`name` of the network in it; addresses are kept by it")
 	flags.StringVar(&o.plugin, "cni-plugin", "", "the plugin's program, a `file` to install; empty for none")
 	flags.StringVar(&o.binDir, "cni-bin-dir", "/opt/cni/bin", "`folder` to install it in")
-	flags.BoolVar(&o.allowIPVS, "allow-ipvs", false, "become ready beside kube-proxy in IPVS mode, which carries traffic to Services\n"+
-		"around policies")
+	flags.BoolVar(&o.allowIPVS, "allow-ipvs", false, "become ready beside kube-proxy in IPVS mode, which carries traffic to\n"+
+		"Services around policies")
 }
 
 func (o *nodeOptions) check() (problems []string) {
@@ -90,7 +92,8 @@ func prefixes(text string) (list []netip.Prefix, err error) {
 }
 
 // daemon returns what keeps the node's network; nil where that is somebody else's.
-func (o *options) daemon(source cluster.Source, backend iptables.Backend, guarded func() error, m *metrics.Metrics, log *slog.Logger,
+func (o *options) daemon(
+	source cluster.Source, backend iptables.Backend, guarded func() error, m *metrics.Metrics, log *slog.Logger,
 ) (*nodenet.Daemon, error) {
 	if !o.nodes.on {
 		return nil, nil
@@ -101,7 +104,8 @@ func (o *options) daemon(source cluster.Source, backend iptables.Backend, guarde
 	}
 	return nodenet.NewDaemon(nodenet.Config{
 		Source: source, Node: o.node,
-		Options:  nodenet.Options{Tunnel: nodenet.Tunnel(o.nodes.tunnel), Port: uint16(o.nodes.port), VNI: int(o.nodes.vni), KeepSource: keep},
+		Options: nodenet.Options{Tunnel: nodenet.Tunnel(o.nodes.tunnel), Port: uint16(o.nodes.port), VNI: int(o.nodes.vni),
+			KeepSource: keep},
 		Runtime:  nodenet.Runtime{Network: o.nodes.network, StateDir: o.stateDir, Backend: backend},
 		Conflist: o.nodes.conf, Plugin: o.nodes.plugin, BinDir: o.nodes.binDir, AllowIPVS: o.nodes.allowIPVS,
 		Guarded: guarded, RepairInterval: o.repair, Metrics: m, Log: log,

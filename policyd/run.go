@@ -173,7 +173,8 @@ func restConfig(kubeconfig string) (*rest.Config, error) {
 	return config, nil
 }
 
-// serve runs the engine, the node's network if it is ours to keep, the engine's socket and its port until the context ends or one of them fails.
+// serve runs the engine, the node's network if it is ours to keep, the engine's socket and its port until the context ends or
+// one of them fails.
 func serve(ctx context.Context, o *options, e *engine.Engine, d *nodenet.Daemon, m *metrics.Metrics, log *slog.Logger) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

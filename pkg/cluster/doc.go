@@ -1,6 +1,6 @@
-// Package cluster is where Pods, Namespaces, NetworkPolicies and Nodes come from: an API server ([FromAPI]) or, without any cluster, a
-// folder of manifests ([FromFolder]). Both keep only what postern reads (package object) and are the same to their user: objects
-// may be used once [Source.Synced], and [Source.Changes] says when to look again.
+// Package cluster is where Pods, Namespaces, NetworkPolicies and Nodes come from: an API server ([FromAPI]) or, without any
+// cluster, a folder of manifests ([FromFolder]). Both keep only what postern reads (package object) and are the same to
+// their user: objects may be used once [Source.Synced], and [Source.Changes] says when to look again.
 package cluster
 
 import (

@@ -68,13 +68,14 @@ func Conflist(p *Plan, r Runtime) ([]byte, error) {
 		}
 		ref.IPAM.Ranges = append(ref.IPAM.Ranges, rangeRef{Subnet: cidr.String(), Gateway: gateway})
 	}
-	text, err := json.MarshalIndent(conflist{CNIVersion: "1.0.0", CNIVersions: []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}, Name: r.Network,
-		Plugins: []pluginRef{ref}}, "", "  ")
+	list := conflist{CNIVersion: "1.0.0", CNIVersions: []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}, Name: r.Network,
+		Plugins: []pluginRef{ref}}
+	text, err := json.MarshalIndent(list, "", "  ")
 	return append(text, '\n'), err
 }
 
-// WriteConflist puts the text into a file, whole at once, and reports whether it was not there already. The folder is made if it is
-// missing.
+// WriteConflist puts the text into a file, whole at once, and reports whether it was not there already. The folder is made if it
+// is missing.
 func WriteConflist(path string, text []byte) (written bool, err error) {
 	now, err := os.ReadFile(path)
 	if err == nil && bytes.Equal(now, text) {

@@ -194,7 +194,8 @@ func (d *Daemon) failed(kind string, err error) error {
 	return err
 }
 
-// apply writes rules, then links and routes: what a new tunnel delivers is judged from its first packet.
+// apply writes rules, then links and routes: what a new tunnel delivers is judged from its first packet, and what an old one does
+// to its last.
 func (d *Daemon) apply(ctx context.Context, reread bool) error {
 	if !d.forwards {
 		var pods []netip.Addr
@@ -226,10 +227,17 @@ func (d *Daemon) apply(ctx context.Context, reread bool) error {
 			d.states[f] = s
 		}
 	}
+	if err := d.told(Unplug(d.plan)); err != nil {
+		return err
+	}
 	if _, err := d.plane.Apply(ctx, nil); err != nil {
 		return d.failed("apply", err)
 	}
-	changes, err := Wire(d.plan)
+	return d.told(Wire(d.plan))
+}
+
+// told logs what was changed.
+func (d *Daemon) told(changes []string, err error) error {
 	for _, c := range changes {
 		d.Log.Info("node network", "change", c)
 	}

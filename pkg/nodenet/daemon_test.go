@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -236,6 +237,48 @@ func TestWhatSomebodyElseTakesAwayIsPutBack(t *testing.T) {
 			})
 		}
 	})
+}
+
+func TestWhatGoesWithALinkIsPutBackWithoutWaitingForAComparison(t *testing.T) {
+	s := newScene(t, "nft", apart, 2, nodenet.Options{})
+	n := s.nodes[0]
+	d, list, _ := start(t, s, n, nil) // which compares once an hour
+	list.set(n.Node, s.nodes[1].Node)
+	becomes(t, d, "")
+	want := n.routes(t)
+	for _, damage := range [][]string{{"ip", "link", "del", "postern-vx4"}, {"ip", "route", "del", "10.244.2.0/24"},
+		{"ip", "link", "set", "postern-vx4", "down"}} {
+		n.ns.Run(t, damage[0], damage[1:]...)
+		nettest.Eventually(t, limit, strings.Join(damage, " ")+" to be undone", func() error {
+			if got := n.routes(t); !slices.Equal(got, want) {
+				return fmt.Errorf("routes %q, want %q", got, want)
+			}
+			return nil
+		})
+	}
+}
+
+func TestATunnelThatIsSwitchedOffIsGoneBeforeItsGuard(t *testing.T) {
+	s := newScene(t, "nft", apart, 2, nodenet.Options{})
+	s.apply(t)
+	n := s.nodes[0]
+	for _, change := range []func(*nodenet.Options){
+		func(o *nodenet.Options) { o.Port++ },
+		func(o *nodenet.Options) { o.Tunnel = nodenet.TunnelNever },
+	} {
+		o := s.options
+		change(&o)
+		n.ns.Do(t, func() {
+			if changes, err := nodenet.Unplug(n.plan); err != nil || len(changes) > 0 {
+				t.Errorf("nothing has changed, and Unplug did %q, %v", changes, err)
+			}
+			plan := nodenet.NewPlan(n.Node, nil, nodenet.Facts{}, o)
+			if changes, err := nodenet.Unplug(plan); err != nil || len(changes) != 1 {
+				t.Errorf("Unplug did %q, %v; want one device removed", changes, err)
+			}
+		})
+		s.apply(t)
+	}
 }
 
 func TestWhatWouldDefeatTheNetworkIsFound(t *testing.T) {

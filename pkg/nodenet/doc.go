@@ -9,9 +9,9 @@
 // # Routes
 //
 // Nodes share a link where the routing table has the other node's address on a link without a router in between, and the link
-// is one on which neighbours are asked for (no point-to-point link). Then the other node's pods are routed by its address, with this
-// node's address as the source of what the node itself sends. Our routes carry protocol number [Protocol] and metric [Metric], by
-// which they are told from others' (rtnetlink(7), rtm_protocol); a route of somebody else's for the same destination has mostly
+// is one on which neighbours are asked for (no point-to-point link). Then the other node's pods are routed by its address, with
+// this node's address as the source of what the node itself sends. Our routes carry protocol number [Protocol] and metric
+// [Metric], by which they are told from others' (rtnetlink(7), rtm_protocol); a route of somebody else's for the same destination has mostly
 // a smaller metric and so precedes. The node's own pod CIDR is unreachable but for the pods that are there, so that a packet for
 // a pod that is gone does not go out by the default route and come back, round and round.
 //
@@ -28,12 +28,12 @@
 //
 //   - Pods can send nothing to the tunnel's port of any machine, and nobody reaches it by a translated address (a Service whose
 //     endpoint is a node): dropped in mangle INPUT and FORWARD, where destinations are final.
-//   - In INPUT, UDP to that port comes from the address of a node or is dropped. A pod's packet with a forged source is dropped by
-//     rpfilter where it enters.
+//   - In INPUT, UDP to that port comes from the address of a node or is dropped. A pod's packet with a forged source is dropped
+//     by rpfilter where it enters.
 //   - The source of a packet inside belongs to the pod CIDRs of the node that sent it. Two checks together say so. The kernel
 //     refuses a known Ethernet source from any other outer address than that of its static entry, if the device learns
-//     (vxlan_snoop: "Don't migrate static entries, drop packets"); and raw PREROUTING drops what does not have the Ethernet source
-//     of the node that the inner address belongs to. So learning is on, for its refusal, and what it learns is never used.
+//     (vxlan_snoop: "Don't migrate static entries, drop packets"); and raw PREROUTING drops what does not have the Ethernet
+//     source of the node that the inner address belongs to. So learning is on, for its refusal, and what it learns is never used.
 //
 // What is left: who can send packets with a node's address as their source from outside, on a network that does not prevent
 // it, can speak for that node. Against that there are only encrypted networks.

@@ -18,7 +18,8 @@ const (
 )
 
 // Kinds lists all.
-var Kinds = [...]Kind{NoPodCIDR, NoAddress, UnknownNode, ForeignAddress, Overlap, NoWay, OtherRoute, OtherCNI, TwoBackends, NoForwarding, IPVS}
+var Kinds = [...]Kind{NoPodCIDR, NoAddress, UnknownNode, ForeignAddress, Overlap, NoWay, OtherRoute, OtherCNI, TwoBackends,
+	NoForwarding, IPVS}
 
 // Blocks reports whether a node that has it is not ready to take pods.
 func (k Kind) Blocks() bool { return k == NoPodCIDR || k == NoAddress || k == UnknownNode || k == IPVS }

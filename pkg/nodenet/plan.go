@@ -190,8 +190,8 @@ func (p *planner) self() {
 		if a := addressOf(p.Node, f); p.facts.Uplinks[a] != (Uplink{}) {
 			p.Addresses = append(p.Addresses, a)
 		} else if a.IsValid() {
-			p.find(ForeignAddress, "no link of this machine holds %s, which node %s has as its InternalIP: give kubelet the right --node-ip",
-				a, p.Node.Name)
+			p.find(ForeignAddress, "no link of this machine holds %s, which node %s has as its InternalIP: give kubelet the right "+
+				"--node-ip", a, p.Node.Name)
 		}
 	}
 	if len(p.Addresses) == 0 {
@@ -245,8 +245,8 @@ func (p *planner) reach(n *object.Node, cidr netip.Prefix) {
 		p.find(NoWay, "node %s has no InternalIP of a family in which this node has one too: its pods %s are not reached", n.Name, cidr)
 		return
 	case !gateway.IsValid() || !source.IsValid():
-		p.find(NoWay, "the pods %s of node %s are not reached through the tunnel: both nodes need a podCIDR of that family with at least "+
-			"four addresses", cidr, n.Name)
+		p.find(NoWay, "the pods %s of node %s are not reached through the tunnel: both nodes need a podCIDR of that family with "+
+			"at least four addresses", cidr, n.Name)
 		return
 	}
 	p.Routes = append(p.Routes, Route{Dst: cidr, Via: gateway, Source: source, Device: d.Name})

@@ -69,8 +69,8 @@ func masquerade(s *rule.State, p *Plan) {
 		}
 	}
 	s.Chains[rule.NAT] = []rule.Chain{chain}
-	s.Hooks = append(s.Hooks, rule.Hook{Table: rule.NAT, Chain: "POSTROUTING", Rule: rule.Rule{Action: rule.Jump{Chain: ChainMasquerade}},
-		Last: true})
+	s.Hooks = append(s.Hooks, rule.Hook{Table: rule.NAT, Chain: "POSTROUTING",
+		Rule: rule.Rule{Action: rule.Jump{Chain: ChainMasquerade}}, Last: true})
 }
 
 // guard closes the tunnel's port to all but nodes.
@@ -106,8 +106,8 @@ func origins(s *rule.State, p *Plan) {
 		Matches: []rule.Match{rule.In{Name: DevicePrefix + "+"}}, Action: rule.Jump{Chain: ChainOrigin}}})
 }
 
-// branches is how many rules a chain of the tree has at most, besides its last: four bits of the address tell them apart. So a node
-// that comes or goes changes one chain, or the few around it.
+// branches is how many rules a chain of the tree has at most, besides its last: four bits of the address tell them apart. So a
+// node that comes or goes changes one chain, or the few around it.
 const (
 	branches = 16
 	stride   = 4
@@ -120,12 +120,14 @@ func originTree(name string, list []Origin) []rule.Chain {
 	for _, g := range branch(list) {
 		if len(g.origins) == 1 {
 			chain.Rules = append(chain.Rules, rule.Rule{
-				Matches: []rule.Match{rule.Source{Prefix: g.origins[0].Prefix}, rule.SourceMAC{MAC: g.origins[0].MAC}}, Action: rule.Return{}})
+				Matches: []rule.Match{rule.Source{Prefix: g.origins[0].Prefix}, rule.SourceMAC{MAC: g.origins[0].MAC}},
+				Action:  rule.Return{}})
 			continue
 		}
 		sum := sha256.Sum256([]byte(g.prefix.String()))
 		next := ChainTunnel + "-" + hex.EncodeToString(sum[:6])
-		chain.Rules = append(chain.Rules, rule.Rule{Matches: []rule.Match{rule.Source{Prefix: g.prefix}}, Action: rule.Goto{Chain: next}})
+		chain.Rules = append(chain.Rules, rule.Rule{Matches: []rule.Match{rule.Source{Prefix: g.prefix}},
+			Action: rule.Goto{Chain: next}})
 		below = append(below, originTree(next, g.origins)...)
 	}
 	chain.Rules = append(chain.Rules, rule.Rule{Action: rule.Drop{}, Comment: "a source that is not of the sending node's pods"})

@@ -44,12 +44,12 @@ func otherCNI(conflist string) ([]Finding, error) {
 	if err != nil || len(names) == 0 {
 		return nil, err
 	}
-	return finding(OtherCNI, "the container runtime takes %s before %s: remove it, or give --cni-conf a name that sorts before", names[0],
-		conflist), nil
+	return finding(OtherCNI, "the container runtime takes %s before %s: remove it, or give --cni-conf a name that sorts "+
+		"before", names[0], conflist), nil
 }
 
-// twoBackends: what one backend accepts the other may drop, and rules of kube-proxy in one are not those that an administrator sees
-// in the other.
+// twoBackends: what one backend accepts the other may drop, and rules of kube-proxy in one are not those that an administrator
+// sees in the other.
 func twoBackends(ctx context.Context) ([]Finding, error) {
 	counts := map[iptables.Backend]int{}
 	for _, b := range []iptables.Backend{iptables.NFT, iptables.Legacy} {
@@ -62,16 +62,16 @@ func twoBackends(ctx context.Context) ([]Finding, error) {
 	if counts[iptables.NFT] == 0 || counts[iptables.Legacy] == 0 {
 		return nil, nil
 	}
-	return finding(TwoBackends, "both iptables backends hold rules: have all of the node's software use one of nft and legacy, and flush "+
-		"the other"), nil
+	return finding(TwoBackends, "both iptables backends hold rules: have all of the node's software use one of nft and legacy, and "+
+		"flush the other"), nil
 }
 
 func forwarding(p *Plan) (found []Finding) {
 	for f, path := range map[rule.Family]string{rule.IPv4: "ipv4/ip_forward", rule.IPv6: "ipv6/conf/all/forwarding"} {
 		now, err := os.ReadFile("/proc/sys/net/" + path)
 		if p.hasPods(f) && (err != nil || strings.TrimSpace(string(now)) == "0") {
-			found = append(found, finding(NoForwarding, "the node does not forward %s, so its pods reach nobody: set the sysctl net.%s=1 and "+
-				"see who has changed it", f, strings.ReplaceAll(path, "/", "."))...)
+			found = append(found, finding(NoForwarding, "the node does not forward %s, so its pods reach nobody: set the sysctl net.%s=1 "+
+				"and see who has changed it", f, strings.ReplaceAll(path, "/", "."))...)
 		}
 	}
 	return found
@@ -96,8 +96,8 @@ func ipvs() ([]Finding, error) {
 	if err != nil {
 		return nil, fmt.Errorf("look for kube-ipvs0: %w", err)
 	}
-	return finding(IPVS, "kube-proxy is in IPVS mode, or was and has left kube-ipvs0: its traffic to Services goes around FORWARD, where "+
-		"policies are enforced; use mode iptables or nftables, and remove the link"), nil
+	return finding(IPVS, "kube-proxy is in IPVS mode, or was and has left kube-ipvs0: its traffic to Services goes around FORWARD, "+
+		"where policies are enforced; use mode iptables or nftables, and remove the link"), nil
 }
 
 // otherRoutes names routes of somebody else's that precede ours.
@@ -113,8 +113,8 @@ func otherRoutes(p *Plan) (found []Finding, err error) {
 		}
 		for _, r := range list {
 			if wanted[prefixOf(&r)] && r.Protocol != Protocol && r.Priority <= Metric {
-				found = append(found, finding(OtherRoute, "a route for %s that is not ours is there and precedes ours, by %s: remove it if it is "+
-					"left over", r.Dst, by(&r))...)
+				found = append(found, finding(OtherRoute, "a route for %s that is not ours is there and precedes ours, by %s: remove it "+
+					"if it is left over", r.Dst, by(&r))...)
 			}
 		}
 	}

@@ -64,6 +64,22 @@ func Wire(p *Plan) ([]string, error) {
 	return w.changes, errors.Join(w.errs...)
 }
 
+// Unplug takes away the devices of ours that listen where the plan's rules keep nobody out: on another port, or with the tunnel
+// switched off. It comes before the rules; all else waits for Wire.
+func Unplug(p *Plan) ([]string, error) {
+	w := &wiring{}
+	for _, f := range rule.Families {
+		link, err := netlink.LinkByName(deviceName(f))
+		if err != nil {
+			continue
+		}
+		if v, ok := link.(*netlink.Vxlan); ok && (p.options.Tunnel == TunnelNever || v.Port != int(p.options.Port)) {
+			w.remove(link)
+		}
+	}
+	return w.changes, errors.Join(w.errs...)
+}
+
 // Unwire takes away every route and device of ours.
 func Unwire() error {
 	w := &wiring{}
@@ -103,8 +119,8 @@ func (w *wiring) device(d Device) (netlink.Link, error) {
 func vxlan(d Device) *netlink.Vxlan {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.HardwareAddr = d.Name, d.MTU, hardware(MAC(d.Local))
-	return &netlink.Vxlan{LinkAttrs: attrs, VxlanId: d.VNI, Port: int(d.Port), SrcAddr: d.Local.AsSlice(), Learning: true, Limit: learnable,
-		UDPCSum: true}
+	return &netlink.Vxlan{LinkAttrs: attrs, VxlanId: d.VNI, Port: int(d.Port), SrcAddr: d.Local.AsSlice(), Learning: true,
+		Limit: learnable, UDPCSum: true}
 }
 
 // sameDevice compares what cannot be changed while a device is there, and its address, with which its neighbours would go.
@@ -236,7 +252,8 @@ func (w *wiring) peers(d Device, index int) {
 			if _, there := have[e]; there {
 				continue
 			}
-			n := &netlink.Neigh{LinkIndex: index, Family: family, State: netlink.NUD_PERMANENT, IP: e.ip.AsSlice(), HardwareAddr: hardware(e.mac)}
+			n := &netlink.Neigh{LinkIndex: index, Family: family, State: netlink.NUD_PERMANENT, IP: e.ip.AsSlice(),
+				HardwareAddr: hardware(e.mac)}
 			if family == unix.AF_BRIDGE {
 				n.Flags = netlink.NTF_SELF
 			}
@@ -280,12 +297,16 @@ func (w *wiring) otherDevices(wanted map[string]int) {
 		if wanted[name] != 0 || err != nil || link.Type() != "vxlan" {
 			continue
 		}
-		if err := netlink.LinkDel(link); err != nil {
-			w.fail(fmt.Errorf("remove device %s: %w", name, err))
-			continue
-		}
-		w.did("removed device %s", name)
+		w.remove(link)
 	}
+}
+
+func (w *wiring) remove(link netlink.Link) {
+	if err := netlink.LinkDel(link); err != nil {
+		w.fail(fmt.Errorf("remove device %s: %w", link.Attrs().Name, err))
+		return
+	}
+	w.did("removed device %s", link.Attrs().Name)
 }
 
 // routes makes our routes what is wanted. Those of others are not touched, whatever they say.
@@ -324,8 +345,8 @@ func (w *wiring) routes(want []Route, links map[string]int) {
 	}
 }
 
-// addRoute adds a route. If ours for the same destination with that metric is there, it takes its place at once, so that no packet
-// finds none. What of the old ones is still there is returned.
+// addRoute adds a route. If ours for the same destination with that metric is there, it takes its place at once, so that no
+// packet finds none. What of the old ones is still there is returned.
 func (w *wiring) addRoute(r *netlink.Route, was []netlink.Route) []netlink.Route {
 	verb, do := "added", netlink.RouteAdd
 	replaced := func(o netlink.Route) bool { return o.Priority == r.Priority }

@@ -1,7 +1,8 @@
 // Package object holds the few fields of Pods, Namespaces and Nodes that postern reads, and the cluster as one value.
 //
 // Package cluster fills these from an API server or a folder of manifests and drops everything else, so that a remote pod
-// costs a few hundred bytes. Packages policy and explain read them, Nodes package nodenet. NetworkPolicies are kept as the API's own type.
+// costs a few hundred bytes. Packages policy and explain read them, Nodes package nodenet. NetworkPolicies are kept as the API's
+// own type.
 // Values are immutable once handed out: whoever sees a change makes a new one.
 package object
 

@@ -61,9 +61,9 @@ func (o *nodeOptions) check() (problems []string) {
 	if _, err := prefixes(o.keep); err != nil {
 		problems = append(problems, fmt.Sprintf("--no-masquerade: %v", err))
 	}
-	for name, path := range map[string]string{"cni-conf": o.conf, "cni-bin-dir": o.binDir} {
-		if path != "" && !filepath.IsAbs(path) {
-			problems = append(problems, fmt.Sprintf("--%s %q: must be an absolute path", name, path))
+	for _, f := range [][2]string{{"cni-conf", o.conf}, {"cni-bin-dir", o.binDir}} {
+		if f[1] != "" && !filepath.IsAbs(f[1]) {
+			problems = append(problems, fmt.Sprintf("--%s %q: must be an absolute path", f[0], f[1]))
 		}
 	}
 	if utils.ValidateNetworkName(o.network) != nil {

@@ -141,12 +141,14 @@ func TestWhatLeavesTheClusterHasTheNodesAddress(t *testing.T) {
 	})
 }
 
-func TestAnAddressOfTheNodesOwnRangeWithoutAPodIsUnreachable(t *testing.T) {
-	s := newScene(t, "nft", apart, 1, nodenet.Options{})
+// The refusal comes out of the tunnel too: its source is the other node's in there.
+func TestAnAddressOfANodesRangeWithoutAPodIsUnreachable(t *testing.T) {
+	s := newScene(t, "nft", apart, 2, nodenet.Options{})
 	s.apply(t)
 	n := s.nodes[0]
 	pod, _ := n.pod(t, 10)
-	for _, a := range addrs("10.244.1.77", "fd00:10:244:1::77") {
+	s.nodes[1].pod(t, 10) // since when it forwards
+	for _, a := range addrs("10.244.1.77", "fd00:10:244:1::77", "10.244.2.77", "fd00:10:244:2::77") {
 		err := nettest.Dial(pod, "tcp", netip.AddrPort{}, at(a), limit)
 		if err == nil || nettest.Blocked(err) {
 			t.Errorf("%s: %v, want a refusal by the node", a, err)

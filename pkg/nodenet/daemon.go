@@ -121,8 +121,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 				return nil
 			case <-d.Source.NodeChanges():
 				wait = false
-			case <-again:
-				wait, reread = false, true
+			case <-again: // what could not be written is read again by itself
+				wait = false
 			case <-look:
 				wait = false
 			case <-compare.C:

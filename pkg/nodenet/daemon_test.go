@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -379,14 +380,17 @@ func TestThePluginIsReplacedWhileItRuns(t *testing.T) {
 	}
 }
 
-// What a pass costs on a node of a large cluster; -v prints it.
-func TestAThousandNodesAreWired(t *testing.T) {
+var wireNodes = flag.Int("wire-nodes", 100, "how many other nodes there are for TestManyNodesAreWired")
+
+// What a pass costs on a node of a large cluster; -v prints it. An ordinary user's netlink messages are bounded, so it is no
+// larger by itself.
+func TestManyNodesAreWired(t *testing.T) {
 	for _, l := range []layout{shared, apart} {
 		t.Run(string(l), func(t *testing.T) {
 			s := newScene(t, "nft", l, 1, nodenet.Options{})
 			n := s.nodes[0]
 			nodes := []*object.Node{n.Node}
-			for i := 1; i <= 1000; i++ {
+			for i := 1; i <= *wireNodes; i++ {
 				address := fmt.Sprintf("192.0.2.%d", 100+i%100)
 				if l == apart {
 					address = fmt.Sprintf("10.1.%d.%d", i/250, 1+i%250)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/url"
 	"reflect"
 	"slices"
 	"strconv"
@@ -186,6 +187,10 @@ func (c *cacheOf[T]) note(verb string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.err = nil
+	var request *url.Error
+	if errors.As(err, &request) {
+		err = request.Err // without the address: a watch has another time limit in it each time, and so would be another problem
+	}
 	if err != nil {
 		c.err = fmt.Errorf("%s %s: %w", verb, c.resource, err)
 	}

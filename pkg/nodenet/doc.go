@@ -11,9 +11,9 @@
 // Nodes share a link where the routing table has the other node's address on a link without a router in between, and the link
 // is one on which neighbours are asked for (no point-to-point link). Then the other node's pods are routed by its address, with
 // this node's address as the source of what the node itself sends. Our routes carry protocol number [Protocol] and metric
-// [Metric], by which they are told from others' (rtnetlink(7), rtm_protocol); a route of somebody else's for the same destination has mostly
-// a smaller metric and so precedes. The node's own pod CIDR is unreachable but for the pods that are there, so that a packet for
-// a pod that is gone does not go out by the default route and come back, round and round.
+// [Metric], by which they are told from others' (rtnetlink(7), rtm_protocol); a route of somebody else's for the same destination
+// has mostly a smaller metric and so precedes. The node's own pod CIDR is unreachable but for the pods that are there, so that a
+// packet for a pod that is gone does not go out by the default route and come back, round and round.
 //
 // # Tunnel
 //

@@ -345,7 +345,8 @@ func (m *mover) attachUnknown(s *step) {
 func (m *mover) attach(s *step, pod attachment.Pod) {
 	m.count++
 	a := &attachment.Attachment{Version: 1, ContainerID: fmt.Sprintf("sandbox%d", m.count),
-		IfName: one(m.dice, "eth0", "eth0", "eth0", "net1"), NetNS: "/proc/self/ns/net", Network: "walk", Pod: pod, Policy: attachment.PolicyEnforce, Addresses: m.pair(),
+		IfName: one(m.dice, "eth0", "eth0", "eth0", "net1"), NetNS: "/proc/self/ns/net", Network: "walk", Pod: pod,
+		Policy: attachment.PolicyEnforce, Addresses: m.pair(),
 		Created: time.Unix(int64(m.count), 0).UTC()}
 	a.HostInterface = hostInterface(a.Identity(), a.IfName)
 	s.records[a.Key()] = a

@@ -195,7 +195,7 @@ func TestAForeignChangeIsNoticed(t *testing.T) {
 // What `nft flush ruleset` sends, by a process that is not our child but this one.
 func TestTheDeletionOfAllNFTTablesIsNoticed(t *testing.T) {
 	if nettest.Need(t); testing.Short() {
-		t.Skip()
+		t.Skip("-short: it deletes tables for a while")
 	}
 	g := guard(t, string(iptables.NFT))
 	before := len(g.notices())
@@ -332,7 +332,7 @@ func TestAWatcherSurvivesRestoresThatFail(t *testing.T) {
 // kube-proxy rewrites its own chains all the time. With nft that is none of our business.
 func TestChangesInForeignChainsAreNotReportedWithNFT(t *testing.T) {
 	if nettest.Need(t); testing.Short() {
-		t.Skip()
+		t.Skip("-short: it writes many foreign chains")
 	}
 	g := guard(t, string(iptables.NFT))
 	var services strings.Builder

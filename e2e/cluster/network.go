@@ -180,7 +180,7 @@ func (n *Node) makeNetwork() error {
 			}
 		}
 	}
-	return inNamespace(handle, n.configureLinks)
+	return InNamespace(handle, n.configureLinks)
 }
 
 // configureLinks runs in the node's network namespace.
@@ -231,8 +231,8 @@ func (c *Cluster) routePods(n *Node, podCIDRs []string) error {
 	return nil
 }
 
-// inNamespace runs fn with its thread in a network namespace.
-func inNamespace(handle netns.NsHandle, fn func() error) error {
+// InNamespace runs fn with its thread in a network namespace.
+func InNamespace(handle netns.NsHandle, fn func() error) error {
 	result := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with this goroutine

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -116,6 +117,15 @@ func (n *Node) Command(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	return exec.CommandContext(ctx, "nsenter", append(enter, args...)...), nil
 }
 
+// Path is a file of the node's as it is seen from here: what its mounts hide or add is in it.
+func (n *Node) Path(file string) (string, error) {
+	pid, err := n.pid()
+	if err != nil {
+		return "", fmt.Errorf("find %s of %s: the node does not run: %w", file, n.Name, err)
+	}
+	return filepath.Join("/proc", strconv.Itoa(pid), "root", file), nil
+}
+
 // Within runs fn with its thread in the node's network namespace.
 func (n *Node) Within(fn func() error) error {
 	handle, err := netns.GetFromName(n.namespace())
@@ -123,7 +133,7 @@ func (n *Node) Within(fn func() error) error {
 		return fmt.Errorf("open network namespace %s: %w", n.namespace(), err)
 	}
 	defer handle.Close()
-	return inNamespace(handle, fn)
+	return InNamespace(handle, fn)
 }
 
 // output runs a command and returns what it printed; an error says it too.

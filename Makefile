@@ -17,7 +17,7 @@ PACKAGES := iptables ipset iproute2 util-linux procps
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .DEFAULT_GOAL := build
-.PHONY: build test fuzz lint demo verify verify-mutants tools clean help
+.PHONY: build test fuzz lint demo verify verify-mutants manifests tools clean help
 
 build: ## build bin/postern (the CNI plugin) and bin/policyd (the daemon), static
 	$(GOBUILD) -o bin/postern ./plugin
@@ -64,6 +64,9 @@ verify-mutants: tools ## break one line of the semantics at a time, and see that
 	@go build -o bin/verify ./pkg/verify/cmd
 	@bin/verify -mutants -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
 		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS))
+
+manifests: ## render what manifests/overlays say to the files that `kubectl apply` takes
+	go -C e2e test -count=1 ./manifests -run Rendered -update
 
 tools: ## see that iptables (both backends), ipset and iproute2 are there; as root on Debian or Ubuntu, install them
 	@missing=; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \

@@ -2,6 +2,7 @@
 
 SHELL       := /bin/bash
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+REVISION    ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 TESTTIMEOUT ?= 15m
@@ -9,6 +10,9 @@ TESTTIMEOUT ?= 15m
 SEED        ?= 1
 BACKEND     ?= both
 FUZZTIME    ?= 1m
+# The image's name: the manifests say it, once.
+IMAGE       ?= $(or $(shell awk '/^ *- name:/ { name = $$3 } /^ *newTag:/ { print name ":" $$2 }' manifests/base/kustomization.yaml \
+	2>/dev/null),ghcr.io/postern-cni/postern:v0.1.0)
 # What the tests and the demo run, and the Debian packages that have it.
 TOOLS    := iptables-nft-restore iptables-legacy-restore ip6tables-nft-restore ip6tables-legacy-restore ipset ip nsenter sysctl
 PACKAGES := iptables ipset iproute2 util-linux procps
@@ -17,11 +21,26 @@ PACKAGES := iptables ipset iproute2 util-linux procps
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .DEFAULT_GOAL := build
-.PHONY: build test fuzz lint demo verify verify-mutants manifests tools clean help
+.PHONY: build image image-root image-programs test fuzz lint demo verify verify-mutants manifests tools clean help
 
 build: ## build bin/postern (the CNI plugin) and bin/policyd (the daemon), static
 	$(GOBUILD) -o bin/postern ./plugin
 	$(GOBUILD) -o bin/policyd ./policyd
+
+image: image-programs ## bin/postern-image.tar, a container image, without a container engine: Debian's apt-get and dpkg-deb
+	bin/images $(IMAGEFLAGS) postern bin/postern-image.tar
+	@echo "bin/postern-image.tar: $(IMAGE)"
+
+image-root: image-programs ## bin/image-root, the image's root file system, as manifests/Dockerfile wants it
+	rm -rf bin/image-root
+	bin/images $(IMAGEFLAGS) root bin/image-root
+
+IMAGEFLAGS = -name $(IMAGE) -version $(VERSION) -revision $(REVISION)
+LOOPBACK   = github.com/containernetworking/plugins
+image-programs: build
+	$(subst go build,go -C e2e build,$(GOBUILD)) -o ../bin/images ./images/cmd
+	CGO_ENABLED=0 go -C e2e build -trimpath -buildvcs=false -o ../bin/loopback -ldflags "-s -w -X \
+		$(LOOPBACK)/pkg/utils/buildversion.BuildVersion=$$(go -C e2e list -m -f '{{.Version}}' $(LOOPBACK))" $(LOOPBACK)/plugins/main/loopback
 
 test: tools ## unit tests, and kernel tests in namespaces of their own: root, or an ordinary user; nft and legacy
 	go test -count=1 -timeout $(TESTTIMEOUT) ./...

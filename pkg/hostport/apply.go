@@ -12,6 +12,7 @@ import (
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/conntrack"
 	"github.com/postern-cni/postern/pkg/rule"
+	"github.com/postern-cni/postern/pkg/sysctl"
 )
 
 // Tables writes one family's rules. Each call is one iptables-restore, whose process holds the lock attachment.HostPorts
@@ -180,14 +181,11 @@ func RouteLocalnet(family rule.Family, a *attachment.Attachment) (set bool, err 
 	if dnat, _ := rules(family, a); family != rule.IPv4 || len(dnat) == 0 {
 		return false, nil
 	}
-	path := "/proc/sys/net/ipv4/conf/" + a.HostInterface + "/route_localnet"
-	if is, err := os.ReadFile(path); err == nil && string(is) == "1\n" {
-		return false, nil
-	}
-	if err := os.WriteFile(path, []byte("1"), 0); err != nil {
+	set, err = sysctl.Of("ipv4/conf/"+a.HostInterface+"/route_localnet", "1").Set()
+	if err != nil {
 		return false, fmt.Errorf("open the way from the node's loopback: %w; is the link %s still there?", err, a.HostInterface)
 	}
-	return true, nil
+	return set, nil
 }
 
 // flush ends UDP flows to the host ports: a flow keeps the destination that its first packet got, from before the mapping

@@ -5,14 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-cni/postern/pkg/iptables"
 	"github.com/postern-cni/postern/pkg/rule"
+	"github.com/postern-cni/postern/pkg/sysctl"
 )
 
 // Surroundings looks for what on this machine would defeat the network. conflist is empty where none is written. What cannot
@@ -67,11 +66,12 @@ func twoBackends(ctx context.Context) ([]Finding, error) {
 }
 
 func forwarding(p *Plan) (found []Finding) {
-	for f, path := range map[rule.Family]string{rule.IPv4: "ipv4/ip_forward", rule.IPv6: "ipv6/conf/all/forwarding"} {
-		now, err := os.ReadFile("/proc/sys/net/" + path)
-		if p.hasPods(f) && (err != nil || strings.TrimSpace(string(now)) == "0") {
-			found = append(found, finding(NoForwarding, "the node does not forward %s, so its pods reach nobody: set the sysctl net.%s=1 "+
-				"and see who has changed it", f, strings.ReplaceAll(path, "/", "."))...)
+	for f, s := range map[rule.Family]sysctl.Setting{
+		rule.IPv4: sysctl.Of("ipv4/ip_forward", "1"), rule.IPv6: sysctl.Of("ipv6/conf/all/forwarding", "1"),
+	} {
+		if now, err := s.Read(); p.hasPods(f) && (err != nil || now == "0") {
+			found = append(found, finding(NoForwarding, "the node does not forward %s, so its pods reach nobody: set the %s=1 and see who "+
+				"has changed it", f, s)...)
 		}
 	}
 	return found

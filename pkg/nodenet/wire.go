@@ -7,14 +7,13 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-cni/postern/pkg/rule"
+	"github.com/postern-cni/postern/pkg/sysctl"
 )
 
 // By these our routes are known. The metric is larger than those that routes mostly have (IPv4 0, IPv6 1024).
@@ -153,20 +152,12 @@ func (w *wiring) settle(d Device, link netlink.Link) error {
 // settings keep the device from listening to advertisements and from addresses of its own making. The origin of packets is
 // checked by rules, whatever the sysctl of all interfaces says.
 func settings(d Device) error {
-	for _, s := range [][2]string{{"ipv4/conf/" + d.Name + "/rp_filter", "0"}, {"ipv4/conf/" + d.Name + "/accept_redirects", "0"},
-		{"ipv4/conf/" + d.Name + "/send_redirects", "0"}, {"ipv6/conf/" + d.Name + "/accept_ra", "0"},
-		{"ipv6/conf/" + d.Name + "/accept_redirects", "0"}, {"ipv6/conf/" + d.Name + "/addr_gen_mode", "1"},
-		{"ipv6/conf/" + d.Name + "/disable_ipv6", "0"}} {
-		path := "/proc/sys/net/" + s[0]
-		now, err := os.ReadFile(path)
-		if errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6
-			continue
-		}
-		if err == nil && strings.TrimSpace(string(now)) != s[1] {
-			err = os.WriteFile(path, []byte(s[1]), 0)
-		}
-		if err != nil {
-			return fmt.Errorf("set sysctl net.%s to %s: %w", strings.ReplaceAll(s[0], "/", "."), s[1], err)
+	v4, v6 := "ipv4/conf/"+d.Name+"/", "ipv6/conf/"+d.Name+"/"
+	for _, s := range []sysctl.Setting{sysctl.Of(v4+"rp_filter", "0"), sysctl.Of(v4+"accept_redirects", "0"),
+		sysctl.Of(v4+"send_redirects", "0"), sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_redirects", "0"),
+		sysctl.Of(v6+"addr_gen_mode", "1"), sysctl.Of(v6+"disable_ipv6", "0")} {
+		if _, err := s.Set(); err != nil && !errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6
+			return err
 		}
 	}
 	return nil

@@ -102,8 +102,8 @@ func settingFaults(l Link) (faults []fault) {
 		}
 	}
 	for _, s := range settings {
-		now, err := s.read()
-		if err == nil && now == s.value {
+		now, err := s.Read()
+		if err == nil && now == s.Value {
 			continue
 		}
 		mend := func() error { return set(s) }
@@ -113,7 +113,7 @@ func settingFaults(l Link) (faults []fault) {
 		if err != nil {
 			now = err.Error()
 		}
-		faults = append(faults, fault{fmt.Sprintf("%s is not %s: %s", s, s.value, now), mend})
+		faults = append(faults, fault{fmt.Sprintf("%s is not %s: %s", s, s.Value, now), mend})
 	}
 	return faults
 }

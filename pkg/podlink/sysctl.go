@@ -2,37 +2,20 @@ package podlink
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
-	"strings"
 
 	"github.com/postern-cni/postern/pkg/attachment"
+	"github.com/postern-cni/postern/pkg/sysctl"
 )
 
-// setting is one sysctl: a path below /proc/sys/net and its value. The kernel resolves /proc/sys/net in the network
-// namespace of the thread that opens it.
-type setting struct{ path, value string }
-
-func (s setting) String() string { return "sysctl net." + strings.ReplaceAll(s.path, "/", ".") }
-
-func (s setting) read() (string, error) {
-	now, err := os.ReadFile("/proc/sys/net/" + s.path)
-	return strings.TrimSpace(string(now)), err
-}
-
-// set writes what is not so already: in a container /proc/sys may be read-only and right.
-func set(settings ...setting) error {
+// set writes what is not so already.
+func set(settings ...sysctl.Setting) error {
 	var errs []error
 	for _, s := range settings {
-		now, err := s.read()
-		if err == nil && now != s.value {
-			err = os.WriteFile("/proc/sys/net/"+s.path, []byte(s.value), 0)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("set %s to %s: %w", s, s.value, err))
-		}
+		_, err := s.Set()
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -47,16 +30,17 @@ func has6(l Link) bool {
 }
 
 // hostSettings make the node's end trust nothing that a pod sends; they come before the link is up.
-func hostSettings(l Link) []setting {
+func hostSettings(l Link) []sysctl.Setting {
 	v4, v6 := "ipv4/conf/"+l.HostInterface+"/", "ipv6/conf/"+l.HostInterface+"/"
-	settings := []setting{{v4 + "rp_filter", "1"}, {v4 + "accept_redirects", "0"}, {v4 + "send_redirects", "0"}}
+	settings := []sysctl.Setting{sysctl.Of(v4+"rp_filter", "1"), sysctl.Of(v4+"accept_redirects", "0"),
+		sysctl.Of(v4+"send_redirects", "0")}
 	if without6() {
 		return settings
 	}
-	settings = append(settings, setting{v6 + "accept_ra", "0"}, setting{v6 + "accept_redirects", "0"},
-		setting{v6 + "accept_dad", "0"}, setting{v6 + "addr_gen_mode", "1"})
+	settings = append(settings, sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_redirects", "0"),
+		sysctl.Of(v6+"accept_dad", "0"), sysctl.Of(v6+"addr_gen_mode", "1"))
 	if has6(l) {
-		settings = append(settings, setting{v6 + "disable_ipv6", "0"})
+		settings = append(settings, sysctl.Of(v6+"disable_ipv6", "0"))
 	}
 	return settings
 }
@@ -68,9 +52,9 @@ func podSysctls(l Link) error {
 		return nil
 	}
 	v6 := "ipv6/conf/" + l.IfName + "/"
-	settings := []setting{{v6 + "accept_ra", "0"}, {v6 + "accept_dad", "0"}}
+	settings := []sysctl.Setting{sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_dad", "0")}
 	if has6(l) {
-		settings = append(settings, setting{v6 + "disable_ipv6", "0"})
+		settings = append(settings, sysctl.Of(v6+"disable_ipv6", "0"))
 	}
 	return set(settings...)
 }
@@ -83,8 +67,8 @@ func without6() bool {
 
 // Without these a node does not route, in either family.
 var (
-	forwarding4 = setting{"ipv4/ip_forward", "1"}
-	forwarding6 = setting{"ipv6/conf/all/forwarding", "1"}
+	forwarding4 = sysctl.Of("ipv4/ip_forward", "1")
+	forwarding6 = sysctl.Of("ipv6/conf/all/forwarding", "1")
 )
 
 // Forward lets the node route, in the families of some pods' addresses.
@@ -102,7 +86,7 @@ func forwarding(l Link) error {
 			}
 			continue
 		}
-		if now, err := forwarding6.read(); err == nil && now == forwarding6.value {
+		if now, err := forwarding6.Read(); err == nil && now == forwarding6.Value {
 			continue
 		}
 		uplink, err := Uplink(l.NodeAddresses, a.Is4())
@@ -110,8 +94,8 @@ func forwarding(l Link) error {
 			return err
 		}
 		if uplink != nil {
-			listen := setting{"ipv6/conf/" + uplink.Attrs().Name + "/accept_ra", "2"}
-			if now, err := listen.read(); err == nil && now == "1" {
+			listen := sysctl.Of("ipv6/conf/"+uplink.Attrs().Name+"/accept_ra", "2")
+			if now, err := listen.Read(); err == nil && now == "1" {
 				if err := set(listen); err != nil {
 					return err
 				}

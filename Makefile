@@ -21,7 +21,7 @@ PACKAGES := iptables ipset iproute2 util-linux procps
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .DEFAULT_GOAL := build
-.PHONY: build image image-root image-programs test fuzz lint demo verify verify-mutants manifests tools clean help
+.PHONY: build image image-root image-programs test fuzz lint demo verify verify-mutants manifests e2e e2e-up e2e-down e2e-shell e2e-program tools clean help
 
 build: ## build bin/postern (the CNI plugin) and bin/policyd (the daemon), static
 	$(GOBUILD) -o bin/postern ./plugin
@@ -86,6 +86,25 @@ verify-mutants: tools ## break one line of the semantics at a time, and see that
 
 manifests: ## render what manifests/overlays say to the files that `kubectl apply` takes
 	go -C e2e test -count=1 ./manifests -run Rendered -update
+
+# What a run can choose, as variables of make: make e2e FAMILY=dual SUITES="networkpolicy walkthrough" FOCUS='egress'
+E2E = BACKEND=$(patsubst both,,$(BACKEND)) NODES=$(NODES) FAMILY=$(FAMILY) PROXY=$(PROXY) TUNNEL=$(TUNNEL) SUITES="$(SUITES)" \
+	FOCUS="$(FOCUS)" bin/e2e/bin/e2e
+e2e-program: tools
+	@go -C e2e build -o ../bin/e2e/bin/e2e .
+	@bin/e2e/bin/e2e build
+
+e2e: e2e-program ## root: a real cluster on this machine, upstream's suites and ours, a table: NODES BACKEND FAMILY PROXY TUNNEL SUITES FOCUS
+	@$(E2E) run
+
+e2e-up: e2e-program ## bring that cluster up and leave it up, for postern to be installed
+	@$(E2E) up
+
+e2e-down: ## take it down
+	@$(E2E) down
+
+e2e-shell: ## a shell that reaches it
+	@$(E2E) shell
 
 tools: ## see that iptables (both backends), ipset and iproute2 are there; as root on Debian or Ubuntu, install them
 	@missing=; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \

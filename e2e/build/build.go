@@ -5,13 +5,18 @@ package build
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/postern-cni/postern/e2e/debian"
+	"github.com/postern-cni/postern/e2e/images"
 )
 
 // program is one that Go builds.
@@ -94,4 +99,102 @@ func (t Tree) output(ctx context.Context, folder, name string, args ...string) (
 		return "", fmt.Errorf("in %s: %s: %w", folder, strings.Join(cmd.Args, " "), err)
 	}
 	return strings.TrimSpace(string(out)), nil
+}
+
+// runtime are the Debian packages of what runs beside Kubernetes' programs. nftables is for kube-proxy in that mode.
+var runtime = []string{"containerd", "runc", "etcd-server", "nftables"}
+
+// machine are packages whose libraries are the machine's own, for programs of the machine run beside these.
+var machine = []string{"libc6", "libc-bin", "libgcc-s1", "libcrypt1"}
+
+// Runtime unpacks them and the libraries that they need into debian.
+func (t Tree) Runtime(ctx context.Context) error {
+	folder := filepath.Join(t.Dir, "debian")
+	done := filepath.Join(folder, "complete")
+	if _, err := os.Stat(done); err == nil {
+		return nil
+	}
+	t.Say("unpacking %s", strings.Join(runtime, ", "))
+	files, err := debian.Fetch(ctx, filepath.Join(t.Source, "bin/debian"), runtime, machine)
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		name, _, _ := strings.Cut(filepath.Base(file), "_")
+		if !slices.Contains(runtime, name) && (!strings.HasPrefix(name, "lib") || strings.Contains(name, "perl")) {
+			continue // what installing them takes, such as perl
+		}
+		if err := debian.Unpack(ctx, file, folder, debian.Lean); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(done, nil, 0o644)
+}
+
+// Images makes postern's own image as `make image` does, and those of the cluster and the suites, into images.
+func (t Tree) Images(ctx context.Context) error {
+	if _, err := t.output(ctx, ".", "make", "--no-print-directory", "image"); err != nil {
+		return err
+	}
+	folder := filepath.Join(t.Dir, "images")
+	if err := os.MkdirAll(folder, 0o755); err != nil {
+		return err
+	}
+	own := filepath.Join(folder, "postern.tar")
+	_ = os.Remove(own)
+	if err := os.Link(filepath.Join(t.Source, "bin/postern-image.tar"), own); err != nil {
+		return fmt.Errorf("take postern's image: %w", err)
+	}
+	kubernetes, err := t.output(ctx, "e2e/kubernetes", "go", "list", "-m", "-f", "{{.Dir}}", "k8s.io/kubernetes")
+	if err != nil {
+		return err
+	}
+	_, err = images.Build(ctx, images.Config{
+		Binaries: filepath.Join(t.Dir, "bin"), Kubernetes: kubernetes, Out: folder, Cache: filepath.Join(t.Source, "bin/debian"),
+	})
+	if err != nil {
+		return err
+	}
+	return t.names(kubernetes)
+}
+
+// Names are those of the images that the cluster itself runs.
+type Names struct{ Pause, CoreDNS string }
+
+// names are written beside the images, for the cluster.
+func (t Tree) names(kubernetes string) error {
+	pause, err := images.Name(kubernetes, "Pause")
+	if err != nil {
+		return err
+	}
+	dns, err := images.CoreDNSName(filepath.Join(t.Dir, "bin", "coredns"))
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(Names{pause, dns})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(t.Dir, "images", "names.json"), data, 0o644)
+}
+
+// ReadNames reads what Images wrote.
+func ReadNames(dir string) (Names, error) {
+	var names Names
+	data, err := os.ReadFile(filepath.Join(dir, "images", "names.json"))
+	if err != nil {
+		return names, fmt.Errorf("find what `e2e build` makes: %w", err)
+	}
+	return names, json.Unmarshal(data, &names)
+}
+
+// All makes everything.
+func (t Tree) All(ctx context.Context) error {
+	t.Say("building what the cluster needs: a quarter of an hour the first time, seconds when Go's cache has it")
+	for _, step := range []func(context.Context) error{t.Programs, t.Runtime, t.Images} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -123,8 +123,7 @@ func (c *Cluster) Up(ctx context.Context) error {
 		}
 		c.Say("%s is registered: address %v, pods %s", n.Name, n.Addresses[0], strings.Join(podCIDRs, " and "))
 	}
-	_, err := c.KubectlInput(ctx, strings.ReplaceAll(dnsManifest, "CLUSTER-DNS", c.dns()), "apply", "-f", "-")
-	return err
+	return c.startDNS(ctx)
 }
 
 // Down ends everything that was started and removes what was made, but for the logs. It goes on after an error.

@@ -172,7 +172,7 @@ func (c insideConfig) writeFiles() error {
 	}
 	for file, text := range map[string]string{
 		"/etc/hosts": hosts, "/etc/resolv.conf": "nameserver 127.0.0.1\n", "/etc/machine-id": hex.EncodeToString(id) + "\n",
-		"/run/containerd.toml": containerdConfig,
+		"/run/containerd.toml": strings.ReplaceAll(containerdConfig, "PAUSE-IMAGE", c.Pause),
 	} {
 		_ = os.Remove(file) // /etc/resolv.conf may be a link to somewhere else
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
@@ -209,7 +209,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 [grpc]
   address = "/run/containerd/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "registry.k8s.io/pause:e2e"
+  sandbox_image = "PAUSE-IMAGE"
   restrict_oom_score_adj = true # less than its own is not allowed without CAP_SYS_RESOURCE
   disable_apparmor = true
   [plugins."io.containerd.grpc.v1.cri".cni]

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
+
+	"github.com/postern-cni/postern/e2e/build"
 )
 
 // dnsManifest is CoreDNS, which many of the upstream suites' specs ask for names.
@@ -15,6 +18,17 @@ import (
 var dnsManifest string
 
 func (c *Cluster) dns() string { return networks[c.families()[0]].dns }
+
+// startDNS gives the cluster its DNS server, which waits for a network.
+func (c *Cluster) startDNS(ctx context.Context) error {
+	names, err := build.ReadNames(c.Dir)
+	if err != nil {
+		return err
+	}
+	manifest := strings.NewReplacer("CLUSTER-DNS", c.dns(), "COREDNS-IMAGE", names.CoreDNS).Replace(dnsManifest)
+	_, err = c.KubectlInput(ctx, manifest, "apply", "-f", "-")
+	return err
+}
 
 // Manifests is the kustomization that a builder of a cluster of this kind would apply.
 func (c *Cluster) Manifests() string {

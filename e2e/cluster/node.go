@@ -16,6 +16,8 @@ import (
 
 	"github.com/vishvananda/netns"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/postern-cni/postern/e2e/build"
 )
 
 // Node is one of the cluster's nodes, seen from outside.
@@ -36,6 +38,7 @@ type insideConfig struct {
 	Path      string // PATH of everything on the node
 	Libraries string // LD_LIBRARY_PATH of programs from unpacked packages
 	Legacy    bool   // iptables' backend
+	Pause     string // the image of sandboxes
 	Cgroups   []string
 }
 
@@ -54,9 +57,14 @@ func (n *Node) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	names, err := build.ReadNames(n.cluster.Dir)
+	if err != nil {
+		return err
+	}
 	config, err := json.MarshalIndent(insideConfig{
 		Name: n.Name, Namespace: n.namespace(), Addresses: n.Addresses, Dir: n.cluster.Dir, Folder: n.cluster.path("nodes", n.Name),
-		Path: n.cluster.nodePath(), Libraries: n.cluster.libraries(), Legacy: n.cluster.Backend == "legacy", Cgroups: groups,
+		Path: n.cluster.nodePath(), Libraries: n.cluster.libraries(), Legacy: n.cluster.Backend == "legacy", Pause: names.Pause,
+		Cgroups: groups,
 	}, "", "  ")
 	if err != nil {
 		return err
@@ -71,7 +79,7 @@ func (n *Node) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := n.cluster.spawn(n.Name, self, "node", n.file(".json")); err != nil {
+	if _, err := n.cluster.spawn(n.Name, self, "power", n.file(".json")); err != nil {
 		return err
 	}
 	return eventually(ctx, 20*time.Second, n.Name+" has its first process", func() error {

@@ -1,0 +1,362 @@
+package suite
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// Own are the cases of a cluster's life: what goes away, comes back, is replaced or starts by the hundred.
+func Own() []Case {
+	return []Case{
+		{Name: "a restart of policyd, during which no pod goes NotReady", Run: restart},
+		{Name: "an upgrade of the DaemonSet and a rollback, under traffic", Run: upgrade},
+		{Name: "pods that start while policyd is down", Run: policydDown},
+		{Name: "the API server away for a minute, while policies hold", Run: apiServerAway},
+		{Name: "a node that reboots", Run: reboot},
+		{Name: "a static pod on the pod network", Run: staticPod},
+		{Name: "a pod's sandbox made again under the same pod", Run: sandbox},
+		{Name: "a hundred pods on a node at once", Run: hundred},
+		{Name: "no connection to 300 closed pods from their first instant", Run: firstInstant, Limit: 15 * time.Minute},
+	}
+}
+
+// daemonSet is postern's.
+const daemonSet = "daemonset/postern"
+
+func (t *T) rollout(ctx context.Context) {
+	t.Kubectl(ctx, "--namespace=kube-system", "rollout", "status", daemonSet, "--timeout=3m")
+}
+
+// restart deletes the pods of policyd, all at once.
+func restart(ctx context.Context, t *T) {
+	s := t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1])
+	going := t.Traffic(s)
+	stop, unready := t.watchReady(ctx)
+	t.Kubectl(ctx, "--namespace=kube-system", "delete", "pod", "--selector=app.kubernetes.io/name=postern", "--wait=false")
+	t.Kubectl(ctx, "--namespace=kube-system", "delete", "pod", "--selector=app.kubernetes.io/name=postern", "--field-selector=status.phase!=Running")
+	t.rollout(ctx)
+	t.Enforced(ctx)
+	time.Sleep(15 * time.Second) // longer than kubelet takes to notice what it would call NotReady: its probes are every 10 s
+	stop()
+	if said := <-unready; len(said) > 0 {
+		t.Errorf("became NotReady: %s", strings.Join(said, "; "))
+	}
+	if lost := going.Stop(t); lost > 2 {
+		t.Errorf("%d allowed connections were not made", lost)
+	}
+	t.SameAsEver(ctx, s)
+}
+
+// watchReady watches nodes, and pods that are not policyd's, for Ready that turns to something else.
+func (t *T) watchReady(ctx context.Context) (stop func(), unready <-chan []string) {
+	ctx, stop = context.WithCancel(ctx)
+	pods, err := t.Cluster.Client.CoreV1().Pods("").Watch(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name!=postern"})
+	if err != nil {
+		t.Fatalf("watch pods: %v", err)
+	}
+	nodes, err := t.Cluster.Client.CoreV1().Nodes().Watch(ctx, metav1.ListOptions{})
+	if err != nil {
+		t.Fatalf("watch nodes: %v", err)
+	}
+	result := make(chan []string, 1)
+	go func() {
+		var said []string
+		ready := map[string]bool{}
+		see := func(what string, is bool) {
+			if ready[what] && !is {
+				said = append(said, what)
+			}
+			ready[what] = is
+		}
+		for {
+			select {
+			case event := <-pods.ResultChan():
+				if p, ok := event.Object.(*corev1.Pod); ok && p.DeletionTimestamp == nil {
+					see("pod "+p.Namespace+"/"+p.Name, podReady(p))
+				}
+			case event := <-nodes.ResultChan():
+				if n, ok := event.Object.(*corev1.Node); ok {
+					see("node "+n.Name, slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
+						return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+					}))
+				}
+			case <-ctx.Done():
+				result <- said
+				return
+			}
+		}
+	}()
+	return stop, result
+}
+
+// upgrade gives the DaemonSet an image of another name, and takes that back.
+func upgrade(ctx context.Context, t *T) {
+	current := t.Kubectl(ctx, "--namespace=kube-system", "get", daemonSet, "--output=jsonpath={.spec.template.spec.containers[0].image}")
+	next := current + "-next"
+	for _, n := range t.Cluster.Nodes {
+		if _, err := n.Run(ctx, "ctr", "--namespace=k8s.io", "images", "tag", "--force", current, next); err != nil {
+			t.Fatalf("name the next image: %v", err)
+		}
+	}
+	s := t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1])
+	going := t.Traffic(s)
+	t.Kubectl(ctx, "--namespace=kube-system", "set", "image", daemonSet, "*="+next)
+	t.rollout(ctx)
+	t.Enforced(ctx)
+	if image := t.policyd(ctx)[0].Spec.Containers[0].Image; image != next {
+		t.Errorf("after the upgrade, policyd's image is %s", image)
+	}
+	t.Kubectl(ctx, "--namespace=kube-system", "rollout", "undo", daemonSet)
+	t.rollout(ctx)
+	t.Enforced(ctx)
+	if lost := going.Stop(t); lost > 2 {
+		t.Errorf("%d allowed connections were not made", lost)
+	}
+	t.SameAsEver(ctx, s)
+}
+
+// policydDown takes policyd from one node alone, and starts pods there: they must wait, closed, and start when it is back.
+func policydDown(ctx context.Context, t *T) {
+	node, other := t.Cluster.Nodes[0], t.Cluster.Nodes[1]
+	s := t.Scene(ctx, node, other)
+	going := t.Traffic(s)
+	t.onlyWhere(ctx, "e2e-policyd", node.Name)
+	began := time.Now()
+	namespace := t.Namespace(ctx, nil)
+	t.Admit(ctx, namespace, "late", "late-friend")
+	t.StartPod(ctx, namespace, "late", node, map[string]string{"app": "late"}, server...)
+	for time.Since(began) < 30*time.Second {
+		time.Sleep(time.Second)
+		pod, err := t.Cluster.Client.CoreV1().Pods(namespace).Get(ctx, "late", metav1.GetOptions{})
+		if err != nil {
+			t.Fatalf("get the pod that waits: %v", err)
+		}
+		if pod.Status.Phase != corev1.PodPending {
+			t.Fatalf("a pod is %s after %v although nobody guards it", pod.Status.Phase, time.Since(began))
+		}
+	}
+	events := t.Kubectl(ctx, "--namespace="+namespace, "get", "events", "--field-selector=reason=FailedCreatePodSandBox")
+	if !strings.Contains(events, "policyd") {
+		t.Errorf("the pod's events do not say what it waits for: %s", events)
+	}
+	t.Kubectl(ctx, "label", "node", node.Name, "e2e-policyd=yes", "--overwrite")
+	t.Ready(ctx, namespace)
+	t.Logf("the pod started %v after policyd was taken away", time.Since(began).Round(time.Second))
+	late := t.Pod(ctx, namespace, "late")
+	t.Expect(ctx, late.To(TimesOut, serverPort, s.friend, s.stranger))
+	if lost := going.Stop(t); lost > 2 {
+		t.Errorf("%d allowed connections were not made", lost)
+	}
+	t.SameAsEver(ctx, s)
+}
+
+// onlyWhere makes the DaemonSet run where a label says so, which is everywhere but on one node, until the case has ended.
+func (t *T) onlyWhere(ctx context.Context, label, butOn string) {
+	t.Cleanup(func(ctx context.Context) {
+		t.patchSelector(ctx, label, "null")
+		t.Kubectl(ctx, "label", "node", "--all", label+"-")
+		t.rollout(ctx)
+	})
+	t.Kubectl(ctx, "label", "node", "--all", label+"=yes", "--overwrite")
+	t.patchSelector(ctx, label, `"yes"`)
+	t.rollout(ctx)
+	t.Kubectl(ctx, "label", "node", butOn, label+"=no", "--overwrite")
+	t.Eventually(ctx, readyLimit, "policyd has gone from "+butOn, func(context.Context) error {
+		for _, p := range t.policyd(ctx) {
+			if p.Spec.NodeName == butOn {
+				return fmt.Errorf("pod %s is there", p.Name)
+			}
+		}
+		return nil
+	})
+}
+
+func (t *T) patchSelector(ctx context.Context, label, value string) {
+	patch := fmt.Sprintf(`{"spec":{"template":{"spec":{"nodeSelector":{%q:%s}}}}}`, label, value)
+	if _, err := t.Cluster.Client.AppsV1().DaemonSets("kube-system").Patch(ctx, "postern", types.StrategicMergePatchType, []byte(patch),
+		metav1.PatchOptions{}); err != nil {
+		t.Fatalf("choose the nodes of policyd: %v", err)
+	}
+}
+
+// apiServerAway ends the API server for a minute. In it a pod's container is not restarted, nothing changes, and all must go on.
+func apiServerAway(ctx context.Context, t *T) {
+	s := t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1])
+	going := t.Traffic(s)
+	t.Cleanup(func(ctx context.Context) {
+		if _, err := t.Cluster.Kubectl(ctx, "version"); err != nil {
+			_ = t.Cluster.StartAPIServer(ctx) // a case that failed in the middle
+		}
+	})
+	if err := t.Cluster.StopAPIServer(); err != nil {
+		t.Fatalf("end the API server: %v", err)
+	}
+	time.Sleep(time.Minute)
+	if err := t.Cluster.StartAPIServer(ctx); err != nil {
+		t.Fatalf("start the API server again: %v", err)
+	}
+	t.Enforced(ctx)
+	if lost := going.Stop(t); lost > 2 {
+		t.Errorf("%d allowed connections were not made", lost)
+	}
+	// And what changes afterwards is seen.
+	began := time.Now()
+	t.Kubectl(ctx, "--namespace="+s.namespace, "label", "pod", "friend", "app=enemy", "--overwrite")
+	for _, try := range s.server.To(TimesOut, serverPort, s.friend) {
+		t.Until(ctx, try)
+	}
+	t.Logf("a label taken away was in force %v later", time.Since(began).Round(time.Millisecond))
+}
+
+// reboot cuts the power of a node. Its pods come back by kubelet, with addresses of their own, and are guarded from the start.
+func reboot(ctx context.Context, t *T) {
+	node := t.Cluster.Nodes[0]
+	s := t.Scene(ctx, node, t.Cluster.Nodes[1])
+	strangers, err := t.namespaceOf(s.stranger)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	if err := node.Stop(ctx); err != nil {
+		t.Fatalf("stop %s: %v", node.Name, err)
+	}
+	began := time.Now()
+	if err := node.Start(ctx); err != nil {
+		t.Fatalf("start %s: %v", node.Name, err)
+	}
+	// The server's next address is not known: all of the node's range are tried until it is there.
+	prober := t.probe(strangers, 100*time.Millisecond, t.podRange(ctx, node.Name)...)
+	t.Eventually(ctx, readyLimit, "the server runs again", func(ctx context.Context) error {
+		pod, err := t.Cluster.Client.CoreV1().Pods(s.namespace).Get(ctx, "server", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if len(pod.Status.ContainerStatuses) == 0 || pod.Status.ContainerStatuses[0].RestartCount == 0 || !podReady(pod) {
+			return fmt.Errorf("the pod is %s", describePod(pod))
+		}
+		return nil
+	})
+	t.Logf("the server runs again %v after the power came back", time.Since(began).Round(100*time.Millisecond))
+	if err := t.Cluster.NodesReady(ctx, readyLimit); err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.rollout(ctx)
+	s.server = t.Pod(ctx, s.namespace, "server")
+	t.none(prober, s.server)
+	t.SameAsEver(ctx, s)
+}
+
+// staticPod is kubelet's own: the API's object is its mirror, with another UID, and policies must find it nonetheless.
+func staticPod(ctx context.Context, t *T) {
+	node := t.Cluster.Nodes[0]
+	s := t.Scene(ctx, t.Cluster.Nodes[1], t.Cluster.Nodes[1])
+	file, err := node.Path("/etc/kubernetes/manifests/static.yaml")
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.Cleanup(func(context.Context) { _ = os.Remove(file) })
+	manifest := fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata: {name: static, namespace: %s, labels: {app: server}}
+spec: {containers: [{name: main, image: %q, args: [%s]}]}
+`, s.namespace, image, strings.Join(server, ", "))
+	if err := os.WriteFile(file, []byte(manifest), 0o644); err != nil {
+		t.Fatalf("write a static pod's manifest: %v", err)
+	}
+	name := "static-" + node.Name
+	t.Eventually(ctx, readyLimit, "the static pod runs", func(ctx context.Context) error {
+		pod, err := t.Cluster.Client.CoreV1().Pods(s.namespace).Get(ctx, name, metav1.GetOptions{})
+		if err == nil && !podReady(pod) {
+			err = fmt.Errorf("it is %s", describePod(pod))
+		}
+		return err
+	})
+	static := t.Pod(ctx, s.namespace, name)
+	t.Expect(ctx, static.To(Connects, serverPort, s.friend), static.To(TimesOut, serverPort, s.stranger))
+	if err := os.Remove(file); err != nil {
+		t.Fatalf("remove the static pod: %v", err)
+	}
+	t.Eventually(ctx, readyLimit, "the static pod is gone", func(ctx context.Context) error {
+		_, err := t.Cluster.Client.CoreV1().Pods(s.namespace).Get(ctx, name, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return fmt.Errorf("get it: %w", err)
+	})
+}
+
+// sandbox ends a pod's sandbox, which kubelet then makes again: the same pod, by name and UID, with another address.
+func sandbox(ctx context.Context, t *T) {
+	node := t.Cluster.Nodes[0]
+	s := t.Scene(ctx, node, t.Cluster.Nodes[1])
+	strangers, err := t.namespaceOf(s.stranger)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	prober := t.probe(strangers, 50*time.Millisecond, t.podRange(ctx, node.Name)...)
+	uid := t.Kubectl(ctx, "--namespace="+s.namespace, "get", "pod", "server", "--output=jsonpath={.metadata.uid}")
+	id, err := node.Run(ctx, "ctr", "--namespace=k8s.io", "containers", "list", "--quiet",
+		fmt.Sprintf(`labels."io.kubernetes.pod.uid"==%s,labels."io.cri-containerd.kind"==sandbox`, uid))
+	if err != nil || id == "" {
+		t.Fatalf("find the sandbox of %s: %q, %v", s.server, id, err)
+	}
+	if _, err := node.Run(ctx, "ctr", "--namespace=k8s.io", "tasks", "kill", "--signal=SIGKILL", id); err != nil {
+		t.Fatalf("end the sandbox of %s: %v", s.server, err)
+	}
+	t.Eventually(ctx, readyLimit, "the pod has another sandbox", func(ctx context.Context) error {
+		pod, err := t.Cluster.Client.CoreV1().Pods(s.namespace).Get(ctx, "server", metav1.GetOptions{})
+		switch {
+		case err != nil:
+			return err
+		case string(pod.UID) != uid:
+			t.Fatalf("the pod is another one: UID %s, was %s", pod.UID, uid)
+		case pod.Status.PodIP == "" || pod.Status.PodIP == s.server.Addresses[0].String() || !podReady(pod):
+			return fmt.Errorf("address %s, %s", pod.Status.PodIP, describePod(pod))
+		}
+		return nil
+	})
+	t.none(prober, s.server)
+	s.server = t.Pod(ctx, s.namespace, "server")
+	t.none(prober, s.server)
+	t.SameAsEver(ctx, s)
+}
+
+// none fails unless a prober tried to reach a pod, and never did.
+func (t *T) none(prober *Prober, pod *Pod) {
+	tallies := prober.Tallies()
+	for _, place := range places(pod, serverPort) {
+		tally := tallies[place]
+		t.Logf("%s: %s", place, tally)
+		if tally.Passed() > 0 || tally.Tried == 0 {
+			t.Errorf("of connections that no policy allows, to %s of %s: %s", place, pod, tally)
+		}
+	}
+}
+
+// podRange are all addresses that a node may give its pods by IPAM's rule, the lowest first, as places to try; of an IPv6 range, the
+// lowest few hundred.
+func (t *T) podRange(ctx context.Context, node string) []netip.AddrPort {
+	object, err := t.Cluster.Client.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{})
+	if err != nil {
+		t.Fatalf("get node %s: %v", node, err)
+	}
+	var all []netip.AddrPort
+	for _, cidr := range object.Spec.PodCIDRs {
+		prefix := netip.MustParsePrefix(cidr)
+		address := prefix.Addr()
+		for i := 0; i < 254 && prefix.Contains(address.Next()); i++ {
+			address = address.Next()
+			all = append(all, netip.AddrPortFrom(address, serverPort))
+		}
+	}
+	return all
+}

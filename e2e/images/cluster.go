@@ -32,7 +32,7 @@ func Build(ctx context.Context, config Config) ([]string, error) {
 	for _, one := range []struct {
 		file string
 		make func(Config) (recipe, error)
-	}{{"pause", pause}, {"agnhost", agnhost}, {"busybox", busybox}, {"glibc-dns", glibcDNS}, {"coredns", coreDNS}} {
+	}{{"pause", pause}, {"agnhost", agnhost}, {"busybox", busybox}, {"coredns", coreDNS}} {
 		out := filepath.Join(config.Out, one.file+".tar")
 		r, err := one.make(config)
 		if err != nil {
@@ -60,11 +60,19 @@ var unneeded = []string{"debconf", "debianutils", "dpkg", "libcap2-bin", "mawk",
 
 // agnhost is the suites' program for both ends of a connection, with the tools that specs run beside it. Its shell is dash, for
 // busybox's runs its own nc and ip, whatever else is in PATH.
+//
+// The image goes by two names: upstream's looks names up as musl does, and that for DNS as glibc does; here both are glibc, and
+// specs that ask for the second say what to run in it. What upstream has in it besides, a CoreDNS and container images, only
+// specs that are not Conformance ask for, and every node would unpack it.
 func agnhost(config Config) (recipe, error) {
 	name, err := Name(config.Kubernetes, Agnhost)
+	if err != nil {
+		return recipe{}, err
+	}
+	glibc, err := Name(config.Kubernetes, GlibcDNS)
 	porter := filepath.Join(config.Kubernetes, "test/images/agnhost/porter")
 	return recipe{
-		Names: []string{name},
+		Names: []string{name, glibc},
 		Packages: []string{
 			"base-files", "bash", "bind9-dnsutils", "busybox-static", "curl", "dash", "iperf", "iproute2", "libc-bin", "netcat-openbsd",
 			"socat",
@@ -74,7 +82,6 @@ func agnhost(config Config) (recipe, error) {
 		Folders: map[string]fs.FileMode{"uploads": 0o777},
 		Files: []file{
 			{Path: "agnhost", Mode: 0o755, From: filepath.Join(config.Binaries, "agnhost")},
-			{Path: "coredns", Mode: 0o755, From: filepath.Join(config.Binaries, "coredns")}, // a spec runs it as its own DNS server
 			{Path: "localhost.crt", Mode: 0o644, From: filepath.Join(porter, "localhost.crt")},
 			{Path: "localhost.key", Mode: 0o644, From: filepath.Join(porter, "localhost.key")},
 			passwd, group, nsswitch,
@@ -105,20 +112,6 @@ func busybox(config Config) (recipe, error) {
 		Applets:  true,
 		Files:    []file{passwd, group},
 		Cmd:      []string{"sh"},
-	}, err
-}
-
-// glibcDNS looks names up as programs that link glibc do.
-func glibcDNS(config Config) (recipe, error) {
-	name, err := Name(config.Kubernetes, GlibcDNS)
-	return recipe{
-		Names:    []string{name},
-		Packages: []string{"base-files", "bind9-dnsutils", "busybox-static", "dash", "libc-bin"},
-		Without:  unneeded,
-		Applets:  true,
-		Files:    []file{passwd, group, nsswitch},
-		Links:    map[string]string{"usr/bin/sh": "dash"},
-		Cmd:      []string{"/bin/sh"},
 	}, err
 }
 

@@ -17,11 +17,9 @@ import (
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/cluster"
-	"github.com/postern-cni/postern/pkg/dataplane"
 	"github.com/postern-cni/postern/pkg/engine"
 	"github.com/postern-cni/postern/pkg/explain"
 	"github.com/postern-cni/postern/pkg/gate"
-	"github.com/postern-cni/postern/pkg/nodenet"
 	"github.com/postern-cni/postern/pkg/object"
 )
 
@@ -226,24 +224,4 @@ func parsePort(text string) (uint16, corev1.Protocol, string) {
 		return 0, "", fmt.Sprintf("--port %q: NUMBER/PROTOCOL is expected, 1 to 65535, tcp, udp or sctp", text)
 	}
 	return uint16(n), p, ""
-}
-
-func cleanupCommand(ctx context.Context, flags *flag.FlagSet, args []string, stdout io.Writer) error {
-	stateDir := stateDirFlag(flags)
-	force := flags.Bool("force", false, "also while policyd is running, which writes everything anew")
-	if err := parse(flags, args, noCheck); err != nil {
-		return err
-	}
-	if client, err := gate.DialOnce(ctx, *stateDir); err == nil {
-		client.Close()
-		if !*force {
-			return fmt.Errorf("policyd is running on %s and would write everything anew: end it first, or give --force", *stateDir)
-		}
-	}
-	if err := errors.Join(nodenet.Unwire(), dataplane.Cleanup(ctx)); err != nil {
-		return err
-	}
-	fmt.Fprintln(stdout, "removed all chains, rules and sets of postern, in both iptables backends, and routes and tunnels "+
-		"to other nodes; pods are not guarded any more")
-	return nil
 }

@@ -4,7 +4,8 @@
 //	policyd status    what is enforced, since when, and what is wrong
 //	policyd explain   whether a connection is allowed, and why
 //	policyd render    the rules and sets for given manifests, without touching the kernel
-//	policyd cleanup   remove everything of ours from the kernel
+//	policyd install   put the plugin onto the node, and keep the node's network managers from our links
+//	policyd cleanup   remove everything of ours from the kernel, or from the node
 //
 // `policyd COMMAND -h` lists a command's flags.
 package main
@@ -47,7 +48,8 @@ var commands = []command{
 	{"status", "what is enforced, since when, and what is wrong", statusCommand},
 	{"explain", "whether a connection is allowed, and why", explainCommand},
 	{"render", "the rules and sets for given manifests", renderCommand},
-	{"cleanup", "remove everything of ours from the kernel", cleanupCommand},
+	{"install", "put the plugin onto the node, and keep network managers from its links", installCommand},
+	{"cleanup", "remove everything of ours from the kernel, or from the node", cleanupCommand},
 }
 
 func main() {

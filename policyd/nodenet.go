@@ -37,11 +37,11 @@ func (o *nodeOptions) register(flags *flag.FlagSet) {
 	flags.UintVar(&o.port, "tunnel-port", nodenet.DefaultPort, "UDP `port` of the tunnel, the same on every node")
 	flags.UintVar(&o.vni, "tunnel-vni", nodenet.DefaultVNI, "VXLAN network `identifier` of the tunnel, the same on every node")
 	flags.StringVar(&o.keep, "no-masquerade", "", "`list` of prefixes outside of the cluster that see pods' own addresses")
-	flags.StringVar(&o.conf, "cni-conf", "/etc/cni/net.d/10-postern.conflist", "`file` to write for the container runtime; empty "+
+	flags.StringVar(&o.conf, "cni-conf", defaultConflist, "`file` to write for the container runtime; empty "+
 		"for none")
 	flags.StringVar(&o.network, "cni-network", "pods", "`name` of the network in it; addresses are kept by it")
 	flags.StringVar(&o.plugin, "cni-plugin", "", "the plugin's program, a `file` to install; empty for none")
-	flags.StringVar(&o.binDir, "cni-bin-dir", "/opt/cni/bin", "`folder` to install it in")
+	flags.StringVar(&o.binDir, "cni-bin-dir", defaultBinDir, "`folder` to install it in")
 	flags.BoolVar(&o.allowIPVS, "allow-ipvs", false, "become ready beside kube-proxy in IPVS mode, which carries traffic to\n"+
 		"Services around policies")
 }

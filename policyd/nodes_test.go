@@ -16,6 +16,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/nettest"
 )
 
@@ -92,7 +93,9 @@ func (w *wholeNode) start(t *testing.T, backend, manifests string, flags ...stri
 }
 
 // attach does what a runtime does: it reads the configuration that is there and calls the plugin that it names.
-func (w *wholeNode) attach(t *testing.T, namespace, name string) (*nettest.NS, [2]netip.Addr) {
+func (w *wholeNode) attach(
+	t *testing.T, namespace, name string, ports ...attachment.PortMapping,
+) (*nettest.NS, [2]netip.Addr) {
 	t.Helper()
 	nettest.Eventually(t, 30*time.Second, "the CNI configuration of "+w.name, func() error {
 		_, err := os.Stat(w.conflist)
@@ -106,6 +109,9 @@ func (w *wholeNode) attach(t *testing.T, namespace, name string) (*nettest.NS, [
 	cni := libcni.NewCNIConfigWithCacheDir([]string{w.binDir}, filepath.Join(w.stateDir, "libcni"), nil)
 	rt := &libcni.RuntimeConf{ContainerID: "sandbox-" + name, NetNS: pod.Path, IfName: "eth0",
 		Args: [][2]string{{"K8S_POD_NAMESPACE", namespace}, {"K8S_POD_NAME", name}, {"K8S_POD_UID", "uid-" + name}}}
+	if len(ports) > 0 {
+		rt.CapabilityArgs = map[string]any{"portMappings": ports}
+	}
 	var addresses [2]netip.Addr
 	w.ns.Do(t, func() {
 		result, err := cni.AddNetworkList(context.Background(), list, rt)

@@ -1,21 +1,17 @@
 package nodenet
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 
 	"github.com/postern-cni/postern/pkg/iptables"
+	"github.com/postern-cni/postern/pkg/nodefiles"
 )
-
-// PluginName is the file name of the plugin, and its type in configurations.
-const PluginName = "postern"
 
 // Runtime is what the container runtime's configuration of the plugin says besides a plan.
 type Runtime struct {
@@ -56,8 +52,8 @@ type (
 // The version is 1.0.0, for a runtime with an older library fails on 1.1.0, and one that knows cniVersions takes the latest
 // of them (CNI specification 1.1.0, section 1). The gateway of a range is the node's address in the tunnel.
 func Conflist(p *Plan, r Runtime) ([]byte, error) {
-	ref := pluginRef{Type: PluginName, Capabilities: map[string]bool{"portMappings": true}, MTU: p.MTU, StateDir: r.StateDir,
-		NodeAddresses: []string{}, Backend: string(r.Backend), IPAM: ipamRef{Type: PluginName}}
+	ref := pluginRef{Type: nodefiles.Plugin, Capabilities: map[string]bool{"portMappings": true}, MTU: p.MTU, StateDir: r.StateDir,
+		NodeAddresses: []string{}, Backend: string(r.Backend), IPAM: ipamRef{Type: nodefiles.Plugin}}
 	for _, a := range p.Addresses {
 		ref.NodeAddresses = append(ref.NodeAddresses, a.String())
 	}
@@ -72,75 +68,6 @@ func Conflist(p *Plan, r Runtime) ([]byte, error) {
 		Plugins: []pluginRef{ref}}
 	text, err := json.MarshalIndent(list, "", "  ")
 	return append(text, '\n'), err
-}
-
-// WriteConflist puts the text into a file, whole at once, and reports whether it was not there already. The folder is made if it
-// is missing.
-func WriteConflist(path string, text []byte) (written bool, err error) {
-	now, err := os.ReadFile(path)
-	if err == nil && bytes.Equal(now, text) {
-		return false, nil
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return false, err
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return false, err
-	}
-	return true, replace(path, bytes.NewReader(text), 0o644)
-}
-
-// Install puts the program from into the runtime's folder of plugins, whole at once, and reports whether it was not there
-// already. A plugin that runs goes on with the file that it was started from.
-func Install(from, dir string) (installed bool, err error) {
-	to := filepath.Join(dir, PluginName)
-	if same, err := sameFile(from, to); err != nil || same {
-		return false, err
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return false, err
-	}
-	file, err := os.Open(from)
-	if err != nil {
-		return false, err
-	}
-	defer file.Close()
-	return true, replace(to, file, 0o755)
-}
-
-// sameFile compares a program with what is installed, and whether that can be run.
-func sameFile(from, to string) (bool, error) {
-	want, err := os.ReadFile(from)
-	if err != nil {
-		return false, err
-	}
-	now, err := os.ReadFile(to)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	} else if err != nil {
-		return false, err
-	}
-	info, err := os.Stat(to)
-	return err == nil && info.Mode().Perm() == 0o755 && bytes.Equal(want, now), err
-}
-
-// replace gives a file other content by renaming a new one, which is on the disk by then, to its name. The new one's own name has
-// an ending that no runtime reads; what a killed call left under it is written over.
-func replace(path string, content io.Reader, mode fs.FileMode) error {
-	temp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
-	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(file, content)
-	err = errors.Join(err, file.Chmod(mode), file.Sync(), file.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(temp))
-	}
-	return nil
 }
 
 // before returns the configurations in the conflist's folder that the runtime takes before it: of files that end in .conf,

@@ -18,6 +18,7 @@ import (
 	"github.com/postern-cni/postern/pkg/dataplane"
 	"github.com/postern-cni/postern/pkg/metrics"
 	"github.com/postern-cni/postern/pkg/nlevents"
+	"github.com/postern-cni/postern/pkg/nodefiles"
 	"github.com/postern-cni/postern/pkg/object"
 	"github.com/postern-cni/postern/pkg/podlink"
 	"github.com/postern-cni/postern/pkg/rule"
@@ -283,7 +284,7 @@ func (d *Daemon) runtime() error {
 		return fmt.Errorf("policies are not enforced yet: %w", err)
 	}
 	if d.Plugin != "" && !d.installed {
-		installed, err := Install(d.Plugin, d.BinDir)
+		installed, err := nodefiles.InstallPlugin(d.Plugin, d.BinDir)
 		if err != nil {
 			return d.failed("install", fmt.Errorf("install the plugin: %w", err))
 		}
@@ -299,7 +300,7 @@ func (d *Daemon) runtime() error {
 	if err != nil {
 		return err
 	}
-	written, err := WriteConflist(d.Conflist, text)
+	written, err := nodefiles.Write(d.Conflist, text)
 	if err != nil {
 		return d.failed("conflist", fmt.Errorf("write the CNI configuration: %w", err))
 	}

@@ -340,46 +340,6 @@ func TestWhatWouldDefeatTheNetworkIsFound(t *testing.T) {
 	}
 }
 
-func TestThePluginIsReplacedWhileItRuns(t *testing.T) {
-	dir, from := filepath.Join(t.TempDir(), "bin"), filepath.Join(t.TempDir(), "plugin")
-	install := func(want bool) {
-		t.Helper()
-		if installed, err := nodenet.Install(from, dir); err != nil || installed != want {
-			t.Fatalf("installed %v, %v; want %v", installed, err, want)
-		}
-	}
-	program, err := os.ReadFile("/bin/sleep")
-	if err != nil {
-		t.Skip(err)
-	}
-	if err := os.WriteFile(from, program, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	install(true)
-	install(false)
-	ns := nettest.NewNS(t, "plugin")
-	running := ns.Command(context.Background(), filepath.Join(dir, nodenet.PluginName), "60")
-	if err := running.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := running.Process.Kill(); err != nil { // it still runs
-			t.Error(err)
-		}
-		_ = running.Wait()
-	}()
-	if err := os.WriteFile(from, []byte("#!/bin/sh\necho new\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	install(true)
-	if out := ns.Run(t, filepath.Join(dir, nodenet.PluginName)); out != "new\n" {
-		t.Errorf("the new plugin says %q", out)
-	}
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-		t.Errorf("the folder holds %v, %v", entries, err)
-	}
-}
-
 var wireNodes = flag.Int("wire-nodes", 100, "how many other nodes there are for TestManyNodesAreWired")
 
 // What a pass costs on a node of a large cluster; -v prints it. An ordinary user's netlink messages are bounded, so it is no

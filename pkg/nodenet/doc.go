@@ -3,8 +3,8 @@
 //
 // It has a pure core: [NewPlan] works out, from this node, the other nodes and what the kernel says of its own links ([Facts]),
 // the wanted devices, routes and rules ([State]). Thin edges make it so: [Look] reads, [Wire] writes links and routes, package
-// dataplane the rules (scope dataplane.Nodes), [Install] and [WriteConflist] the runtime's files. [Daemon] does all that again
-// when a node changes or somebody else has changed the kernel. Nothing here judges what pods may do: that is policy's.
+// dataplane the rules (scope dataplane.Nodes), package nodefiles the runtime's files. [Daemon] does all that again when a node
+// changes or somebody else has changed the kernel. Nothing here judges what pods may do: that is policy's.
 //
 // # Routes
 //

@@ -16,7 +16,8 @@ const folder = "../../manifests"
 
 // rendered are the files that stand rendered in the folder, by what they are rendered from.
 var rendered = map[string]string{
-	"overlays/kubeadm": "postern.yaml",
+	"overlays/kubeadm":   "postern.yaml",
+	"overlays/uninstall": "uninstall.yaml",
 }
 
 func TestRenderedFilesAreUpToDate(t *testing.T) {

@@ -217,6 +217,9 @@ func (p *parser) plain(word string) {
 		p.target(p.next())
 	case "-g":
 		p.rule.Action = rule.Goto{Chain: p.next()}
+	case "--random-fully":
+		p.failed = p.failed || p.rule.Action != rule.Action(rule.Masquerade{})
+		p.rule.Action = rule.Masquerade{RandomPorts: true}
 	case "--to-destination":
 		to, err := netip.ParseAddrPort(p.next())
 		p.failed = p.failed || err != nil

@@ -175,6 +175,9 @@ func action(a rule.Action) string {
 	case rule.SNAT:
 		return " -j SNAT --to-source " + a.To.String()
 	case rule.Masquerade:
+		if a.RandomPorts {
+			return " -j MASQUERADE --random-fully"
+		}
 		return " -j MASQUERADE"
 	}
 	panic(fmt.Sprintf("iptables: no rendering for action %T", a))

@@ -96,7 +96,7 @@ func samples(family rule.Family) map[rule.Table][]rule.Rule {
 		rule.NAT: {
 			r(rule.DNAT{To: netip.AddrPortFrom(one.Addr(), 80)}, tcp, rule.DestPorts{Proto: rule.TCP, From: 9000, To: 9000}),
 			r(rule.SNAT{To: one.Addr()}, rule.CTState{States: "DNAT"}),
-			r(rule.Masquerade{}),
+			r(rule.Masquerade{}), r(rule.Masquerade{RandomPorts: true}),
 		},
 	}
 }

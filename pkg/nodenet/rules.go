@@ -65,7 +65,7 @@ func masquerade(s *rule.State, p *Plan) {
 		if rule.FamilyOf(cidr.Addr()) == s.Family {
 			chain.Rules = append(chain.Rules, rule.Rule{
 				Matches: []rule.Match{rule.Source{Prefix: cidr}, rule.InSet{Name: InsideSet(s.Family), Dirs: "dst", Not: true}},
-				Action:  rule.Masquerade{}, Comment: "from a pod to outside of the cluster"})
+				Action:  rule.Masquerade{RandomPorts: true}, Comment: "from a pod to outside of the cluster"})
 		}
 	}
 	s.Chains[rule.NAT] = []rule.Chain{chain}

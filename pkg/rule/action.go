@@ -24,7 +24,11 @@ type DNAT struct{ To netip.AddrPort }
 type SNAT struct{ To netip.Addr }
 
 // Masquerade rewrites the source address to one of the outgoing interface.
-type Masquerade struct{}
+type Masquerade struct {
+	// RandomPorts has the source port chosen by chance. Else two flows that begin at once with the same port may be given the
+	// same one, and the packet of the second is lost.
+	RandomPorts bool
+}
 
 func (Drop) isAction()       {}
 func (Accept) isAction()     {}

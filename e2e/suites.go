@@ -29,7 +29,7 @@ func all() []aSuite {
 	own := func(cases []suite.Case) func(context.Context, suite.Runner) []suite.Result {
 		return func(ctx context.Context, r suite.Runner) []suite.Result { return r.Run(ctx, cases) }
 	}
-	sctp := map[string]string{`SCTP`: suite.NoSCTP()}
+	sctp := map[string]string{`using SCTP|SCTPConnectivity`: suite.NoSCTP()}
 	return []aSuite{
 		{"networkpolicy", "upstream NetworkPolicy", upstream(suite.Upstream{Focus: `NetworkPolicy`, Cannot: sctp, Procs: 4})},
 		{"hostport", "upstream HostPort", upstream(suite.Upstream{Focus: `HostPort`, Cannot: sctp, Procs: 1})},

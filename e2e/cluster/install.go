@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -67,8 +68,27 @@ func (c *Cluster) Install(ctx context.Context) (time.Duration, error) {
 	if err := c.writeKustomization(); err != nil {
 		return 0, fmt.Errorf("write a kustomization: %w", err)
 	}
+	if c.state.Before == nil {
+		c.state.Before = map[string]string{}
+		for _, n := range c.Nodes {
+			files, err := n.files(ctx)
+			if err != nil {
+				return 0, err
+			}
+			c.state.Before[n.Name] = files
+		}
+	}
+	return c.apply(ctx, "-k", c.Manifests())
+}
+
+// InstallRendered is Install with the one rendered file.
+func (c *Cluster) InstallRendered(ctx context.Context) (time.Duration, error) {
+	return c.apply(ctx, "-f", filepath.Join(c.Source, "manifests/postern.yaml"))
+}
+
+func (c *Cluster) apply(ctx context.Context, how, what string) (time.Duration, error) {
 	start := time.Now()
-	if _, err := c.Kubectl(ctx, "apply", "-k", c.Manifests()); err != nil {
+	if _, err := c.Kubectl(ctx, "apply", how, what); err != nil {
 		return 0, err
 	}
 	if err := c.NodesReady(ctx, 5*time.Minute); err != nil {
@@ -80,6 +100,64 @@ func (c *Cluster) Install(ctx context.Context) (time.Duration, error) {
 	}
 	c.state.Installed = true
 	return took, c.save()
+}
+
+// Uninstall takes postern out of the cluster and off its nodes, as manifests/README.md says.
+func (c *Cluster) Uninstall(ctx context.Context) error {
+	uninstaller := filepath.Join(c.Source, "manifests/uninstall.yaml")
+	for _, args := range [][]string{
+		{"delete", "-f", filepath.Join(c.Source, "manifests/postern.yaml"), "--ignore-not-found", "--timeout=2m"},
+		{"apply", "-f", uninstaller},
+		{"--namespace=kube-system", "rollout", "status", "daemonset/postern-uninstall", "--timeout=3m"},
+		{"delete", "-f", uninstaller, "--timeout=2m"},
+	} {
+		if _, err := c.Kubectl(ctx, args...); err != nil {
+			return err
+		}
+	}
+	c.state.Installed = false
+	return c.save()
+}
+
+// files are those of the places where software puts itself, one a line.
+func (n *Node) files(ctx context.Context) (string, error) {
+	return n.Run(ctx, "find", "/etc", "/opt", "-not", "-type", "d", "-not", "-path", "/etc/kubernetes/*")
+}
+
+// Traces looks for what postern leaves on a node: nothing, after Uninstall.
+func (n *Node) Traces(ctx context.Context) ([]string, error) {
+	var found []string
+	for _, look := range []struct {
+		what    string
+		command string // prints a line for each trace
+	}{
+		{"chains and rules", `for save in ip{,6}tables-{nft,legacy}-save; do $save 2>/dev/null | grep -iE 'postern|pst' | sed "s/^/$save: /"; done`},
+		{"sets", `ipset list -name | grep -iE '^(pst|postern)'`},
+		{"links", `ip -oneline link show | grep -E ' (pst|psx|postern)'`},
+		{"routes", `ip -4 route show table all proto 112; ip -6 route show table all proto 112`},
+		{"files of its name", `find /etc /opt /run /var/lib/cni -iname '*postern*'`},
+		{"mentions in files", `grep -rlE 'postern|pst\*' /etc/NetworkManager /etc/systemd/network /etc/udev /etc/cni 2>/dev/null`},
+	} {
+		// grep's exit status 1 means that there are none.
+		out, err := n.Run(ctx, "bash", "-c", look.command+`; true`)
+		if err != nil {
+			return nil, fmt.Errorf("look for %s: %w", look.what, err)
+		}
+		for line := range strings.Lines(out) {
+			found = append(found, look.what+": "+strings.TrimSpace(line))
+		}
+	}
+	files, err := n.files(ctx)
+	if err != nil {
+		return nil, err
+	}
+	before := strings.Split(n.cluster.state.Before[n.Name], "\n")
+	for file := range strings.SplitSeq(files, "\n") {
+		if !slices.Contains(before, file) {
+			found = append(found, "a file that was not there before: "+file)
+		}
+	}
+	return found, nil
 }
 
 // Installed says whether Install has been done.

@@ -83,6 +83,7 @@ type state struct {
 	Processes []process
 	Cgroups   []string
 	Installed bool
+	Before    map[string]string // by node, its files before the first Install
 }
 
 func (c *Cluster) save() error {

@@ -27,6 +27,8 @@ func Own() []Case {
 		{Name: "a pod's sandbox made again under the same pod", Run: sandbox},
 		{Name: "a hundred pods on a node at once", Run: hundred},
 		{Name: "no connection to 300 closed pods from their first instant", Run: firstInstant, Limit: 15 * time.Minute},
+		// The last: it takes everything away, and installs it again.
+		{Name: "uninstall leaves nothing, and the one rendered file installs", Run: uninstall, Limit: 12 * time.Minute},
 	}
 }
 
@@ -359,4 +361,46 @@ func (t *T) podRange(ctx context.Context, node string) []netip.AddrPort {
 		}
 	}
 	return all
+}
+
+// readyWithin is what the one rendered file must do; a busy machine gets five times as long.
+const readyWithin = time.Minute
+
+// uninstall does what manifests/README.md says, looks for traces, and installs again with the one rendered file.
+func uninstall(ctx context.Context, t *T) {
+	s := t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1]) // so that there was something to leave behind
+	for _, n := range t.Cluster.Nodes {
+		if traces, err := n.Traces(ctx); err != nil || len(traces) < 10 {
+			t.Fatalf("while postern is installed, %s has %d traces of it: the search is wrong (%v)", n.Name, len(traces), err)
+		}
+	}
+	// Pods on the pod network go first: the runtime cannot take them off a network that is no longer there.
+	t.Kubectl(ctx, "delete", "namespace", s.namespace)
+	t.Kubectl(ctx, "--namespace=kube-system", "scale", "deployment/coredns", "--replicas=0")
+	t.Cleanup(func(ctx context.Context) {
+		t.Kubectl(ctx, "--namespace=kube-system", "scale", "deployment/coredns", "--replicas=1")
+		if err := t.Cluster.DNSReady(ctx); err != nil {
+			t.Errorf("%v", err)
+		}
+	})
+	t.Kubectl(ctx, "--namespace=kube-system", "wait", "pod", "--selector=k8s-app=kube-dns", "--for=delete", "--timeout=2m")
+	if err := t.Cluster.Uninstall(ctx); err != nil {
+		t.Errorf("uninstall: %v", err)
+	}
+	for _, n := range t.Cluster.Nodes {
+		traces, err := n.Traces(ctx)
+		if err != nil || len(traces) > 0 {
+			t.Errorf("left on %s: %s (%v)", n.Name, strings.Join(traces, "\n"), err)
+		}
+	}
+	t.Kubectl(ctx, "wait", "node", "--all", "--for=condition=Ready=false", "--timeout=3m")
+	took, err := t.Cluster.InstallRendered(ctx)
+	if err != nil {
+		t.Fatalf("install again: %v", err)
+	}
+	t.Logf("kubectl apply -f manifests/postern.yaml: all nodes were Ready after %v", took.Round(100*time.Millisecond))
+	if took > 5*readyWithin {
+		t.Errorf("all nodes were Ready only after %v", took)
+	}
+	t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1])
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -242,14 +243,16 @@ func (t *T) Enforced(ctx context.Context) {
 	t.Logf("enforced on all nodes, which took %v to ask", time.Since(began).Round(time.Millisecond))
 }
 
-// policyd are the pods of the daemon.
+// policyd are the pods of the daemon that run, without those that are about to end.
 func (t *T) policyd(ctx context.Context) []corev1.Pod {
 	pods, err := t.Cluster.Client.CoreV1().Pods("kube-system").List(ctx,
 		metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=postern"})
 	if err != nil {
 		t.Fatalf("list the pods of policyd: %v", err)
 	}
-	return pods.Items
+	return slices.DeleteFunc(pods.Items, func(p corev1.Pod) bool {
+		return p.DeletionTimestamp != nil || p.Status.Phase != corev1.PodRunning
+	})
 }
 
 // Eventually asks again and again until the answer is nil, and returns how long that took. At the limit the case ends with the last

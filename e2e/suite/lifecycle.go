@@ -44,9 +44,19 @@ func restart(ctx context.Context, t *T) {
 	s := t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1])
 	going := t.Traffic(s)
 	stop, unready := t.watchReady(ctx)
-	t.Kubectl(ctx, "--namespace=kube-system", "delete", "pod", "--selector=app.kubernetes.io/name=postern", "--wait=false")
-	t.Kubectl(ctx, "--namespace=kube-system", "delete", "pod", "--selector=app.kubernetes.io/name=postern", "--field-selector=status.phase!=Running")
-	t.rollout(ctx)
+	t.Kubectl(ctx, "--namespace=kube-system", "delete", "pod", "--selector=app.kubernetes.io/name=postern")
+	t.Eventually(ctx, readyLimit, "policyd runs on every node again", func(ctx context.Context) error {
+		ready := 0
+		for _, p := range t.policyd(ctx) {
+			if podReady(&p) {
+				ready++
+			}
+		}
+		if ready < len(t.Cluster.Nodes) {
+			return fmt.Errorf("on %d of %d", ready, len(t.Cluster.Nodes))
+		}
+		return nil
+	})
 	t.Enforced(ctx)
 	time.Sleep(15 * time.Second) // longer than kubelet takes to notice what it would call NotReady: its probes are every 10 s
 	stop()

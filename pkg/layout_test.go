@@ -22,7 +22,7 @@ var tiers = [][]string{
 	{"pkg/gate", "pkg/iptables", "pkg/ipset", "pkg/conntrack", "pkg/policy", "pkg/explain", "pkg/ipam", "pkg/podlink"},
 	{"pkg/hostport", "pkg/compile", "pkg/cluster", "pkg/cniconf", "pkg/dataplane"},
 	{"pkg/attach", "pkg/nodenet"},
-	{"pkg/engine"},
+	{"pkg/engine", "pkg/events"},
 	{"plugin", "policyd"},
 }
 

@@ -53,7 +53,7 @@ func statusCommand(ctx context.Context, flags *flag.FlagSet, args []string, stdo
 	}
 	ctx, cancel := context.WithTimeout(ctx, *limit)
 	defer cancel()
-	var s engine.Status
+	var s nodeStatus
 	dial := gate.DialOnce
 	if *wait {
 		dial = gate.Dial
@@ -73,7 +73,7 @@ func statusCommand(ctx context.Context, flags *flag.FlagSet, args []string, stdo
 	return nil
 }
 
-func printStatus(w io.Writer, s *engine.Status) {
+func printStatus(w io.Writer, s *nodeStatus) {
 	ago := func(t time.Time) string {
 		return fmt.Sprintf("%s (%s ago)", t.Format(time.RFC3339), time.Since(t).Round(time.Second))
 	}
@@ -85,6 +85,14 @@ func printStatus(w io.Writer, s *engine.Status) {
 		fmt.Fprintf(w, "FAILING since %s: %s\n", ago(s.FailingSince), s.Failing)
 	default:
 		fmt.Fprintf(w, "enforcing %d policies; last found in order %s, last written %s\n", s.Policies, ago(s.Enforced), ago(s.Written))
+	}
+	if s.NodeNotReady != "" {
+		fmt.Fprintf(w, "the node is NOT READY for pods: %s\n", s.NodeNotReady)
+	}
+	for _, f := range s.Findings {
+		if !strings.Contains(s.NodeNotReady, f.What) { // which was just said
+			fmt.Fprintf(w, "finding %s: %s\n", f.Kind, f.What)
+		}
 	}
 	for _, p := range s.Unusable {
 		fmt.Fprintf(w, "policy %s cannot be used as written and closes the pods it selects: %s\n", p.Policy, p.Reason)

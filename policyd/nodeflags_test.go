@@ -13,9 +13,9 @@ func TestFlagsOfNodeNetworkingAreCheckedAllAtOnce(t *testing.T) {
 		want []string // parts of problems, one each
 	}{
 		{"", nil},
-		{"--node-network --tunnel=always --no-masquerade=0.0.0.0/0,::/0 --cni-conf= --allow-ipvs", nil},
+		{"--node-network --tunnel=always --no-masquerade=0.0.0.0/0,::/0 --cni-conf= --allow-ipvs --families=ipv4,ipv6", nil},
 		{"--tunnel=yes --tunnel-port=0 --tunnel-vni=16777216 --no-masquerade=192.0.2.0/24,192.0.2.1 --cni-conf=net.d/a --cni-bin-dir=bin " +
-			"--cni-network=a/b --cni-plugin=/nowhere", []string{`--tunnel "yes"`, "--tunnel-port 0", "--tunnel-vni 16777216", `"192.0.2.1"`,
+			"--cni-network=a/b --cni-plugin=/nowhere --families=ipv4,ipv5", []string{`--families: "ipv5"`, `--tunnel "yes"`, "--tunnel-port 0", "--tunnel-vni 16777216", `"192.0.2.1"`,
 			`--cni-conf "net.d/a"`, `--cni-bin-dir "bin"`, `--cni-network "a/b"`, `--cni-plugin "/nowhere"`}},
 		{"--tunnel-port=65536 --no-masquerade=::ffff:192.0.2.0/120", []string{"--tunnel-port 65536", "--no-masquerade"}},
 		{"--cni-plugin=/", []string{`--cni-plugin "/"`}},

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -13,9 +15,11 @@ import (
 	"github.com/containernetworking/cni/pkg/utils"
 
 	"github.com/postern-cni/postern/pkg/cluster"
+	"github.com/postern-cni/postern/pkg/engine"
 	"github.com/postern-cni/postern/pkg/iptables"
 	"github.com/postern-cni/postern/pkg/metrics"
 	"github.com/postern-cni/postern/pkg/nodenet"
+	"github.com/postern-cni/postern/pkg/rule"
 )
 
 // nodeOptions are the flags of run that are about node networking.
@@ -27,6 +31,7 @@ type nodeOptions struct {
 	conf, network  string
 	plugin, binDir string
 	allowIPVS      bool
+	families       string
 }
 
 func (o *nodeOptions) register(flags *flag.FlagSet) {
@@ -42,6 +47,8 @@ func (o *nodeOptions) register(flags *flag.FlagSet) {
 	flags.StringVar(&o.network, "cni-network", "pods", "`name` of the network in it; addresses are kept by it")
 	flags.StringVar(&o.plugin, "cni-plugin", "", "the plugin's program, a `file` to install; empty for none")
 	flags.StringVar(&o.binDir, "cni-bin-dir", defaultBinDir, "`folder` to install it in")
+	flags.StringVar(&o.families, "families", "", "`list` of the families that pods must have, ipv4, ipv6; the node is not ready "+
+		"without.\nDefault: those of its podCIDRs")
 	flags.BoolVar(&o.allowIPVS, "allow-ipvs", false, "become ready beside kube-proxy in IPVS mode, which carries traffic to\n"+
 		"Services around policies")
 }
@@ -61,6 +68,9 @@ func (o *nodeOptions) check() (problems []string) {
 	if _, err := prefixes(o.keep); err != nil {
 		problems = append(problems, fmt.Sprintf("--no-masquerade: %v", err))
 	}
+	if _, err := families(o.families); err != nil {
+		problems = append(problems, fmt.Sprintf("--families: %v", err))
+	}
 	for _, f := range [][2]string{{"cni-conf", o.conf}, {"cni-bin-dir", o.binDir}} {
 		if f[1] != "" && !filepath.IsAbs(f[1]) {
 			problems = append(problems, fmt.Sprintf("--%s %q: must be an absolute path", f[0], f[1]))
@@ -75,13 +85,26 @@ func (o *nodeOptions) check() (problems []string) {
 	return problems
 }
 
-// prefixes reads a list with commas.
+// words are those of a list with commas.
+func words(text string) []string {
+	return strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+func families(text string) (list []rule.Family, err error) {
+	known := map[string]rule.Family{"ipv4": rule.IPv4, "ipv6": rule.IPv6}
+	var errs []error
+	for _, word := range words(text) {
+		if _, ok := known[word]; !ok {
+			errs = append(errs, fmt.Errorf("%q: ipv4 and ipv6 are known", word))
+		}
+		list = append(list, known[word])
+	}
+	return list, errors.Join(errs...)
+}
+
 func prefixes(text string) (list []netip.Prefix, err error) {
 	var errs []error
-	for word := range strings.SplitSeq(text, ",") {
-		if word = strings.TrimSpace(word); word == "" {
-			continue
-		}
+	for _, word := range words(text) {
 		p, err := netip.ParsePrefix(word)
 		if err != nil || p.Addr().Is4In6() {
 			errs = append(errs, fmt.Errorf("%q: prefixes such as 192.0.2.0/24 are allowed, with commas between", word))
@@ -91,31 +114,61 @@ func prefixes(text string) (list []netip.Prefix, err error) {
 	return list, errors.Join(errs...)
 }
 
-// daemon returns what keeps the node's network; nil where that is somebody else's.
-func (o *options) daemon(
-	source cluster.Source, backend iptables.Backend, guarded func() error, m *metrics.Metrics, log *slog.Logger,
-) (*nodenet.Daemon, error) {
+// nodePart is what of policyd is about the node itself.
+type nodePart interface {
+	Run(ctx context.Context) error
+	Ready() error
+	Findings() []nodenet.Finding
+}
+
+// node returns what keeps the node's network or, where that is somebody else's, looks out for what would defeat policies.
+func (o *options) nodePart(
+	source cluster.Source, backend iptables.Backend, guarded func() error, teller nodenet.Teller, m *metrics.Metrics, log *slog.Logger,
+) (nodePart, error) {
+	c := nodenet.Config{Metrics: m, Log: log, Teller: teller, AllowIPVS: o.nodes.allowIPVS}
 	if !o.nodes.on {
-		return nil, nil
+		return nodenet.NewLookout(c), nil
 	}
 	keep, err := prefixes(o.nodes.keep)
 	if err != nil {
 		return nil, err
 	}
-	return nodenet.NewDaemon(nodenet.Config{
-		Source: source, Node: o.node,
-		Options: nodenet.Options{Tunnel: nodenet.Tunnel(o.nodes.tunnel), Port: uint16(o.nodes.port), VNI: int(o.nodes.vni),
-			KeepSource: keep},
-		Runtime:  nodenet.Runtime{Network: o.nodes.network, StateDir: o.stateDir, Backend: backend},
-		Conflist: o.nodes.conf, Plugin: o.nodes.plugin, BinDir: o.nodes.binDir, AllowIPVS: o.nodes.allowIPVS,
-		Guarded: guarded, RepairInterval: o.repair, Metrics: m, Log: log,
-	})
+	need, err := families(o.nodes.families)
+	if err != nil {
+		return nil, err
+	}
+	c.Source, c.Node, c.Guarded, c.RepairInterval = source, o.node, guarded, o.repair
+	c.Options = nodenet.Options{Tunnel: nodenet.Tunnel(o.nodes.tunnel), Port: uint16(o.nodes.port), VNI: int(o.nodes.vni),
+		KeepSource: keep, Families: need}
+	c.Runtime = nodenet.Runtime{Network: o.nodes.network, StateDir: o.stateDir, Backend: backend}
+	c.Conflist, c.Plugin, c.BinDir = o.nodes.conf, o.nodes.plugin, o.nodes.binDir
+	return nodenet.NewDaemon(c)
 }
 
-// both is ready when all are; a nil daemon always is.
-func both(guarded func() error, d *nodenet.Daemon) func() error {
-	if d == nil {
-		return guarded
+// nodeStatus is the answer of the running policyd to engine.AskStatus: what the engine says, and what there is to say of the node.
+type nodeStatus struct {
+	engine.Status
+	// NodeNotReady says why the node is not ready to take pods; empty if it is.
+	NodeNotReady string            `json:"nodeNotReady,omitempty"`
+	Findings     []nodenet.Finding `json:"findings,omitempty"`
+}
+
+// answers adds the node's part to the engine's answers.
+type answers struct {
+	*engine.Engine
+	node nodePart
+}
+
+// Ask implements gate.Handler.
+func (a answers) Ask(ctx context.Context, question string, body json.RawMessage) (any, error) {
+	reply, err := a.Engine.Ask(ctx, question, body)
+	s, ok := reply.(engine.Status)
+	if err != nil || !ok {
+		return reply, err
 	}
-	return func() error { return errors.Join(guarded(), d.Ready()) }
+	full := nodeStatus{Status: s, Findings: a.node.Findings()}
+	if err := a.node.Ready(); err != nil {
+		full.NodeNotReady = err.Error()
+	}
+	return full, nil
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/cluster"
 	"github.com/postern-cni/postern/pkg/engine"
+	"github.com/postern-cni/postern/pkg/events"
 	"github.com/postern-cni/postern/pkg/gate"
 	"github.com/postern-cni/postern/pkg/iptables"
 	"github.com/postern-cni/postern/pkg/metrics"
@@ -106,7 +107,7 @@ func runCommand(ctx context.Context, flags *flag.FlagSet, args []string, _ io.Wr
 	slog.SetLogLoggerLevel(slog.LevelDebug) // what libraries print
 	slog.SetDefault(log)
 	klog.SetSlogLogger(log) // client-go's words go the same way
-	source, err := o.source()
+	source, recorder, err := o.source(log)
 	if err != nil {
 		return err
 	}
@@ -127,12 +128,16 @@ func runCommand(ctx context.Context, flags *flag.FlagSet, args []string, _ io.Wr
 	if err != nil {
 		return err
 	}
-	d, err := o.daemon(source, backend, e.Ready, m, log)
+	var teller nodenet.Teller
+	if recorder != nil {
+		teller = recorder
+	}
+	node, err := o.nodePart(source, backend, e.Ready, teller, m, log)
 	if err != nil {
 		return err
 	}
 	log.Info("policyd starts", "version", version, "node", o.node, "iptablesBackend", backend, "stateDir", o.stateDir)
-	err = serve(ctx, &o, e, d, m, log)
+	err = serve(ctx, &o, e, node, recorder, m, log)
 	log.Info("policyd ends; the rules stay in force")
 	return err
 }
@@ -147,15 +152,21 @@ func onlyOne(ctx context.Context, stateDir string, log *slog.Logger) (*attachmen
 	return attachment.LockFile(ctx, filepath.Join(stateDir, "policyd.lock"), true)
 }
 
-func (o *options) source() (cluster.Source, error) {
+// source returns where objects come from and, with an API server, what writes events to it.
+func (o *options) source(log *slog.Logger) (cluster.Source, *events.Recorder, error) {
 	if o.from != "" {
-		return cluster.FromFolder(o.from), nil
+		return cluster.FromFolder(o.from), nil, nil
 	}
 	config, err := restConfig(o.kubeconfig)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return cluster.FromAPI(config)
+	recorder, err := events.For(config, o.node, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	api, err := cluster.FromAPI(config)
+	return api, recorder, err
 }
 
 func restConfig(kubeconfig string) (*rest.Config, error) {
@@ -173,9 +184,11 @@ func restConfig(kubeconfig string) (*rest.Config, error) {
 	return config, nil
 }
 
-// serve runs the engine, the node's network if it is ours to keep, the engine's socket and its port until the context ends or
-// one of them fails.
-func serve(ctx context.Context, o *options, e *engine.Engine, d *nodenet.Daemon, m *metrics.Metrics, log *slog.Logger) error {
+// serve runs the engine, the node's part, what writes events if there is one, the socket and the port until the context ends or one
+// of them fails.
+func serve(
+	ctx context.Context, o *options, e *engine.Engine, node nodePart, recorder *events.Recorder, m *metrics.Metrics, log *slog.Logger,
+) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	socket, err := gate.Listen(o.stateDir)
@@ -198,12 +211,13 @@ func serve(ctx context.Context, o *options, e *engine.Engine, d *nodenet.Daemon,
 		})
 	}
 	part(e.Run)
-	if d != nil {
-		part(d.Run)
+	part(node.Run)
+	if recorder != nil {
+		part(recorder.Run)
 	}
-	part(func(ctx context.Context) error { return gate.Serve(ctx, socket, e) })
+	part(func(ctx context.Context) error { return gate.Serve(ctx, socket, answers{e, node}) })
 	if port != nil {
-		part(func(ctx context.Context) error { return serveHTTP(ctx, port, handler(e, both(e.Ready, d), m, o.pprof)) })
+		part(func(ctx context.Context) error { return serveHTTP(ctx, port, handler(e, node, m, o.pprof)) })
 	}
 	<-ctx.Done()
 	wg.Wait()
@@ -213,7 +227,7 @@ func serve(ctx context.Context, o *options, e *engine.Engine, d *nodenet.Daemon,
 	return nil
 }
 
-func handler(e *engine.Engine, ready func() error, m *metrics.Metrics, profiles bool) http.Handler {
+func handler(e *engine.Engine, node nodePart, m *metrics.Metrics, profiles bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", m.Handler())
 	health := func(check func() error) http.HandlerFunc {
@@ -226,7 +240,7 @@ func handler(e *engine.Engine, ready func() error, m *metrics.Metrics, profiles 
 		}
 	}
 	mux.HandleFunc("GET /healthz", health(e.Healthy))
-	mux.HandleFunc("GET /readyz", health(ready))
+	mux.HandleFunc("GET /readyz", health(func() error { return errors.Join(e.Ready(), node.Ready()) }))
 	if profiles {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)

@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -48,6 +47,12 @@ type Config struct {
 	RepairInterval time.Duration
 	Metrics        *metrics.Metrics
 	Log            *slog.Logger
+	// Teller is told of findings; nil for none.
+	Teller Teller
+}
+
+func (c *Config) reporter() reporter {
+	return reporter{metrics: c.Metrics, log: c.Log, teller: c.Teller, allowIPVS: c.AllowIPVS}
 }
 
 // Times of the daemon's own.
@@ -64,6 +69,7 @@ const (
 // Daemon keeps a node's network as the plan says.
 type Daemon struct {
 	Config
+	reporter
 	plane *dataplane.Plane
 
 	// Used by the goroutine of Run alone.
@@ -73,17 +79,16 @@ type Daemon struct {
 	surrounded time.Time
 	forwards   bool // forwarding was switched on once
 	installed  bool
-	known      map[Finding]bool // findings that the log has
 	failing    string
 
-	mu    sync.Mutex
+	state sync.Mutex
 	links map[int]bool // whose changes matter
 	ready error
 }
 
 // NewDaemon prepares a daemon; nothing is written yet.
 func NewDaemon(c Config) (*Daemon, error) {
-	d := &Daemon{Config: c, states: map[rule.Family]*rule.State{}, known: map[Finding]bool{},
+	d := &Daemon{Config: c, states: map[rule.Family]*rule.State{}, reporter: c.reporter(),
 		ready: errors.New("the node's network has not been looked at yet")}
 	var err error
 	d.plane, err = dataplane.Open(c.Runtime.Backend, dataplane.Nodes)
@@ -92,8 +97,8 @@ func NewDaemon(c Config) (*Daemon, error) {
 
 // Ready returns nil once the node's network stands, and else why not.
 func (d *Daemon) Ready() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.state.Lock()
+	defer d.state.Unlock()
 	return d.ready
 }
 
@@ -139,9 +144,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 
 // settle notes how a pass has ended.
 func (d *Daemon) settle(err error) {
-	d.mu.Lock()
+	d.state.Lock()
 	d.ready = err
-	d.mu.Unlock()
+	d.state.Unlock()
 	switch text := fmt.Sprint(err); {
 	case err != nil && text != d.failing:
 		d.failing = text
@@ -248,36 +253,6 @@ func (d *Daemon) told(changes []string, err error) error {
 	return nil
 }
 
-// report logs and counts findings, each once, and returns those that keep the node from being ready.
-func (d *Daemon) report(found []Finding) error {
-	var blocking []string
-	count := map[Kind]int{}
-	now := map[Finding]bool{}
-	for _, f := range found {
-		count[f.Kind]++
-		now[f] = true
-		if !d.known[f] {
-			d.Log.Warn("finding about the node's network", "kind", f.Kind, "what", f.What)
-		}
-		if f.Kind.Blocks() && !(f.Kind == IPVS && d.AllowIPVS) {
-			blocking = append(blocking, f.What)
-		}
-	}
-	for f := range d.known {
-		if !now[f] {
-			d.Log.Info("not so any more", "kind", f.Kind, "what", f.What)
-		}
-	}
-	d.known = now
-	for _, k := range Kinds {
-		d.Metrics.NodeFindings.WithLabelValues(string(k)).Set(float64(count[k]))
-	}
-	if len(blocking) > 0 {
-		return errors.New(strings.Join(blocking, "; "))
-	}
-	return nil
-}
-
 // runtime tells the container runtime that the node can take pods: the plugin first, then its configuration.
 func (d *Daemon) runtime() error {
 	if err := d.Guarded(); err != nil {
@@ -319,8 +294,8 @@ func (d *Daemon) watchLinks(facts Facts) {
 	for _, index := range facts.Shared {
 		links[index] = true
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.state.Lock()
+	defer d.state.Unlock()
 	d.links = links
 }
 
@@ -364,8 +339,8 @@ func (d *Daemon) matters(m nlevents.Message) bool {
 		if len(m.Data) < 8 {
 			return false
 		}
-		d.mu.Lock()
-		defer d.mu.Unlock()
+		d.state.Lock()
+		defer d.state.Unlock()
 		return d.links[int(binary.NativeEndian.Uint32(m.Data[4:]))]
 	}
 	return false

@@ -37,6 +37,8 @@ type Options struct {
 	VNI    int    // of the tunnel, 1 to 1<<24-1
 	// KeepSource are destinations outside of the cluster that see pods' own addresses.
 	KeepSource []netip.Prefix
+	// Families are those that pods must have; none: what the node's pod CIDRs give.
+	Families []rule.Family
 }
 
 // Facts are what a plan has to know of this node's kernel.
@@ -200,6 +202,13 @@ func (p *planner) self() {
 	if len(p.Node.PodCIDRs) == 0 {
 		p.find(NoPodCIDR, "node %s has no podCIDR, so there are no addresses for its pods: give `kubeadm init` a --pod-network-cidr, "+
 			"or kube-controller-manager --allocate-node-cidrs and --cluster-cidr", p.Node.Name)
+	}
+	for _, f := range p.options.Families {
+		if !p.hasPods(f) || !p.own(f).IsValid() {
+			p.find(NoFamily, "node %s lacks %s, which its pods must have by --families: it needs a podCIDR of that family (`kubeadm init "+
+				"--pod-network-cidr` takes one of each, with a comma between) and an InternalIP of it (kubelet's --node-ip, likewise)",
+				p.Node.Name, f)
+		}
 	}
 	for _, cidr := range p.Node.PodCIDRs {
 		p.claim(cidr, p.Node.Name)

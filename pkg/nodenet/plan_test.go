@@ -102,6 +102,38 @@ func TestThePlanFollowsFromTheNodes(t *testing.T) {
 }
 
 // The same nodes give the same rules, in whatever order they have come to be known; the API's lists are sorted.
+func TestANodeWithoutAFamilyThatPodsMustHaveIsNotReady(t *testing.T) {
+	both := []rule.Family{rule.IPv4, rule.IPv6}
+	for _, tt := range []struct {
+		addresses, cidrs string
+		need             []rule.Family
+		found            int
+	}{
+		{"192.0.2.1 2001:db8::1", "10.1.0.0/24 fd01::/64", both, 0},
+		{"192.0.2.1", "10.1.0.0/24", nil, 0},
+		{"192.0.2.1", "10.1.0.0/24", both[:1], 0},
+		{"192.0.2.1", "10.1.0.0/24", both, 1},
+		{"192.0.2.1", "10.1.0.0/24 fd01::/64", both, 1},
+		{"192.0.2.1 2001:db8::1", "10.1.0.0/24", both, 1},
+		{"192.0.2.1", "fd01::/64", both, 2},
+	} {
+		me := nodeOf("me", tt.addresses, tt.cidrs)
+		uplinks := map[netip.Addr]nodenet.Uplink{}
+		for _, a := range me.Addresses {
+			uplinks[a] = nodenet.Uplink{Index: 2, Name: "eth0", MTU: 1500}
+		}
+		p := nodenet.NewPlan(me, nil, nodenet.Facts{Uplinks: uplinks}, nodenet.Options{Tunnel: nodenet.TunnelAuto, Families: tt.need})
+		if len(p.Findings) != tt.found {
+			t.Errorf("%s, %s, with %v: found %v, want %d", tt.addresses, tt.cidrs, tt.need, p.Findings, tt.found)
+		}
+		for _, f := range p.Findings {
+			if f.Kind != nodenet.NoFamily || !f.Kind.Blocks() {
+				t.Errorf("%s, %s, with %v: found %v", tt.addresses, tt.cidrs, tt.need, f)
+			}
+		}
+	}
+}
+
 func TestRulesAreForPodsThatLeaveTheCluster(t *testing.T) {
 	me := nodeOf("me", "192.0.2.1", "10.1.0.0/24")
 	facts := nodenet.Facts{Uplinks: map[netip.Addr]nodenet.Uplink{me.Addresses[0]: {Index: 2, MTU: 1500}},

@@ -31,6 +31,13 @@ func Surroundings(ctx context.Context, p *Plan, conflist string) (found []Findin
 	return found, errors.Join(errs...)
 }
 
+// around looks for what would defeat policies where the network is somebody else's.
+func around(ctx context.Context) ([]Finding, error) {
+	found, err := ipvs()
+	more, err2 := twoBackends(ctx)
+	return append(found, more...), errors.Join(err, err2)
+}
+
 func finding(k Kind, format string, args ...any) []Finding {
 	return []Finding{{Kind: k, What: fmt.Sprintf(format, args...)}}
 }

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -92,6 +93,12 @@ func (n *Node) Start(ctx context.Context) error {
 func (n *Node) Stop(context.Context) error {
 	if err := n.cluster.stop(n.Name, syscall.SIGKILL); err != nil {
 		return err
+	}
+	// The kernel takes its time to end a namespace and the links in it; the other end of the node's is here.
+	if link, err := netlink.LinkByName(n.Name); err == nil {
+		if err := netlink.LinkDel(link); err != nil {
+			return fmt.Errorf("remove the link of %s: %w", n.Name, err)
+		}
 	}
 	return removeNamespace(n.namespace())
 }

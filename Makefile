@@ -11,8 +11,7 @@ SEED        ?= 1
 BACKEND     ?= both
 FUZZTIME    ?= 1m
 # The image's name: the manifests say it, once.
-IMAGE       ?= $(or $(shell awk '/^ *- name:/ { name = $$3 } /^ *newTag:/ { print name ":" $$2 }' manifests/base/kustomization.yaml \
-	2>/dev/null),ghcr.io/postern-cni/postern:v0.1.0)
+IMAGE       ?= $(shell awk '/^ *- name:/ { name = $$3 } /^ *newTag:/ { print name ":" $$2 }' manifests/base/kustomization.yaml)
 # What the tests and the demo run, and the Debian packages that have it.
 TOOLS    := iptables-nft-restore iptables-legacy-restore ip6tables-nft-restore ip6tables-legacy-restore ipset ip nsenter sysctl
 PACKAGES := iptables ipset iproute2 util-linux procps
@@ -35,12 +34,13 @@ image-root: image-programs ## bin/image-root, the image's root file system, as m
 	rm -rf bin/image-root
 	bin/images $(IMAGEFLAGS) root bin/image-root
 
-IMAGEFLAGS = -name $(IMAGE) -version $(VERSION) -revision $(REVISION)
-LOOPBACK   = github.com/containernetworking/plugins
+# The loopback plugin is the CNI project's, of the release that e2e/go.mod names, and says so.
+IMAGEFLAGS = -name "$(IMAGE)" -version "$(VERSION)" -revision "$(REVISION)"
+PLUGINS    = github.com/containernetworking/plugins
 image-programs: build
 	$(subst go build,go -C e2e build,$(GOBUILD)) -o ../bin/images ./images/cmd
-	CGO_ENABLED=0 go -C e2e build -trimpath -buildvcs=false -o ../bin/loopback -ldflags "-s -w -X \
-		$(LOOPBACK)/pkg/utils/buildversion.BuildVersion=$$(go -C e2e list -m -f '{{.Version}}' $(LOOPBACK))" $(LOOPBACK)/plugins/main/loopback
+	CGO_ENABLED=0 go -C e2e build -trimpath -buildvcs=false -ldflags "-s -w -X $(PLUGINS)/pkg/utils/buildversion.BuildVersion=$$( \
+		go -C e2e list -m -f '{{.Version}}' $(PLUGINS))" -o ../bin/loopback $(PLUGINS)/plugins/main/loopback
 
 test: tools ## unit tests, and kernel tests in namespaces of their own: root, or an ordinary user; nft and legacy
 	go test -count=1 -timeout $(TESTTIMEOUT) ./...

@@ -10,7 +10,7 @@ import (
 )
 
 func TestWhatAptPrintsIsUnderstood(t *testing.T) {
-	const printed = `'http://deb.example/libb/libbpf1_1%3a1.1.2-0%2bdeb12u1_amd64.deb' libbpf1_1%3a1.1.2-0+deb12u1_amd64.deb 14 MD5Sum:cc
+	const printed = `'http://deb.example/libb/libbpf1_1%3a1.1.2-0_amd64.deb' libbpf1_1%3a1.1.2-0+deb12u1_amd64.deb 14 MD5Sum:cc
 'http://deb.example/pool/main/g/gcc-12/libstdc%2b%2b6_12.2.0-14_amd64.deb' libstdc++6_12.2.0-14_amd64.deb 612604 MD5Sum:d5
 'http://deb.example/pool/main/b/brotli/libbrotli1_1.0.9-2_amd64.deb' libbrotli1_1.0.9-2_amd64.deb 274704 ` + `
 `

@@ -75,6 +75,9 @@ func modulesOf(program string) (map[string]string, error) {
 
 // moduleFolders returns where the go command keeps modules, by path@version. It fetches those that it does not have.
 func moduleFolders(ctx context.Context, modules []string) (map[string]string, error) {
+	if len(modules) == 0 { // without names, the command takes every module of the folder that it runs in
+		return nil, nil
+	}
 	out, err := run(ctx, "go", append([]string{"mod", "download", "-json"}, modules...)...)
 	if err != nil {
 		return nil, err

@@ -78,9 +78,9 @@ func postern(ctx context.Context, config PosternConfig) (recipe, error) {
 	return recipe{
 		Names:      []string{config.Name},
 		Packages:   []string{"iptables", "base-files"}, // base-files: the usual folders, and the texts that licences refer to
-		Without:    []string{"mawk", "libgcc-s1", "gcc-12-base"},
+		Without:    []string{"mawk", "libgcc-s1", "gcc-12-base", "gcc-14-base"},
 		Files:      append(files, texts...),
-		Links:      alternatives(),
+		Links:      installed(),
 		Entrypoint: []string{"/" + Policyd},
 		Labels: map[string]string{
 			labelPrefix + "title": title, labelPrefix + "version": config.Version, labelPrefix + "revision": config.Revision,
@@ -89,9 +89,10 @@ func postern(ctx context.Context, config PosternConfig) (recipe, error) {
 	}, nil
 }
 
-// alternatives are the links that Debian's iptables package makes when it is installed (update-alternatives).
-func alternatives() map[string]string {
-	links := map[string]string{}
+// installed are the links that the packages make when they are installed: to the usual backend of iptables
+// (update-alternatives(1)), and from where the run time folder was once.
+func installed() map[string]string {
+	links := map[string]string{"var/run": "/run"}
 	for _, family := range []string{"iptables", "ip6tables"} {
 		for _, program := range []string{"", "-restore", "-save"} {
 			links["usr/sbin/"+family+program] = family + "-nft" + program

@@ -8,7 +8,6 @@ package sysctl
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -38,7 +37,9 @@ func (s Setting) Read() (string, error) {
 }
 
 // Set writes the value if it is not in force already, and reports whether it was not.
-func (s Setting) Set() (changed bool, err error) {
+func (s Setting) Set() (changed bool, err error) { return s.set(own, Mount) }
+
+func (s Setting) set(own, mount string) (changed bool, err error) {
 	now, err := s.Read()
 	if err == nil && now == s.Value {
 		return false, nil
@@ -47,8 +48,10 @@ func (s Setting) Set() (changed bool, err error) {
 		err = write(filepath.Join(own, s.Path), s.Value)
 	}
 	if errors.Is(err, unix.EROFS) {
-		if err = write(filepath.Join(Mount, s.Path), s.Value); errors.Is(err, fs.ErrNotExist) {
-			err = fmt.Errorf("%s is read-only, as it is in containers, and the node's is not mounted at %s", own, Mount)
+		if _, missing := os.Stat(mount); missing != nil {
+			err = fmt.Errorf("%s is read-only, as it is in containers, and the node's is not mounted at %s", own, mount)
+		} else {
+			err = write(filepath.Join(mount, s.Path), s.Value)
 		}
 	}
 	if err != nil {

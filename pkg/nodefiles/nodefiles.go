@@ -50,7 +50,7 @@ func InstallLoopback(from, dir string) (installed bool, err error) {
 	to, err := os.Readlink(link)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		if installed, err = install(from, filepath.Join(dir, ownLoopback)); err != nil {
+		if _, err := install(from, filepath.Join(dir, ownLoopback)); err != nil {
 			return false, err
 		}
 		return true, os.Symlink(ownLoopback, link)

@@ -37,6 +37,7 @@ func all() []aSuite {
 			upstream(suite.Upstream{Focus: `\[sig-network\].*\[Conformance\]`, Cannot: sctp, Procs: 4})},
 		{"walkthrough", "walkthrough", own(suite.Walkthrough())},
 		{"own", "a cluster's life", own(suite.Own())},
+		{"docs", "documentation", own(suite.Docs())},
 	}
 }
 

@@ -34,6 +34,7 @@ var programs = []program{
 	{"kubelet", "e2e/kubernetes", "k8s.io/kubernetes/cmd/kubelet", false},
 	{"kube-proxy", "e2e/kubernetes", "k8s.io/kubernetes/cmd/kube-proxy", false},
 	{"kubectl", "e2e/kubernetes", "k8s.io/kubernetes/cmd/kubectl", false},
+	{"kubeadm", "e2e/kubernetes", "k8s.io/kubernetes/cmd/kubeadm", false}, // checks the documentation's commands
 	{"agnhost", "e2e/kubernetes", "k8s.io/kubernetes/test/images/agnhost", false},
 	{"ginkgo", "e2e/kubernetes", "github.com/onsi/ginkgo/v2/ginkgo", false},
 	{"e2e.test", "e2e/kubernetes", "k8s.io/kubernetes/test/e2e", true},

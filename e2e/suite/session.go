@@ -9,53 +9,12 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/postern-cni/postern/e2e/docs"
 )
 
-// Step is a command of a page or a comment, and what the reader is told that it prints.
-type Step struct {
-	Command string
-	// Prints are parts of the lines that the command prints, in this order; it may print others too. Where there are none, the
-	// command must succeed.
-	Prints []string
-}
-
-// Transcript reads the steps from a manifest's head comment: lines that begin with "$ " are commands, and those below, indented in
-// the same way, are what they print. A line that ends in a backslash goes on in the next.
-//
-//	# Whatever is said about it.
-//	#
-//	#   $ kubectl get pods
-//	#   NAME  READY
-func Transcript(manifest string) []Step {
-	var steps []Step
-	more := false
-	for line := range strings.Lines(manifest) {
-		text, comment := strings.CutPrefix(strings.TrimRight(line, "\n"), "#")
-		if !comment {
-			break
-		}
-		text, indented := strings.CutPrefix(text, "   ")
-		if !indented {
-			more = false
-			continue
-		}
-		switch command, begins := strings.CutPrefix(text, "$ "); {
-		case begins:
-			steps = append(steps, Step{Command: command})
-			more = strings.HasSuffix(command, `\`)
-		case more:
-			steps[len(steps)-1].Command += "\n" + text
-			more = strings.HasSuffix(text, `\`)
-		case len(steps) > 0:
-			last := &steps[len(steps)-1]
-			last.Prints = append(last.Prints, strings.TrimSpace(text))
-		}
-	}
-	return steps
-}
-
 // check says in what a command's output and exit status differ from what the step says.
-func (s Step) check(output string, status string) error {
+func check(s docs.Step, output, status string) error {
 	if len(s.Prints) == 0 {
 		if status != "0" {
 			return fmt.Errorf("exit status %s", status)
@@ -81,10 +40,10 @@ type session struct {
 	runs  int
 }
 
-// newSession starts the shell in the source tree's folder.
-func (t *T) newSession(ctx context.Context) *session {
+// newSession starts the shell in a folder.
+func (t *T) newSession(ctx context.Context, folder string) *session {
 	cmd := exec.CommandContext(ctx, "sh")
-	cmd.Env, cmd.Dir = t.Cluster.Environment(), t.Cluster.Source
+	cmd.Env, cmd.Dir = t.Cluster.Environment(), folder
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	// What the shell started must end with it, or it would hold the output open.
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
@@ -143,21 +102,21 @@ func (s *session) run(command string) (output, status string, err error) {
 	}
 }
 
-// Follow runs steps as a reader would, in one shell, and fails the case where one prints something else than the page says. A reader
-// takes a moment between two commands; so a step is tried again for a while before it counts as failed.
-func (t *T) Follow(ctx context.Context, steps []Step) {
+// Follow runs steps as a reader would, in one shell that begins in the given folder, and ends the case where one prints something else
+// than the page says. A reader takes a moment between two commands; so a step is tried again for a while before it counts as failed.
+func (t *T) Follow(ctx context.Context, folder string, steps []docs.Step) {
 	if len(steps) == 0 {
 		t.Fatalf("there is no command to run")
 	}
-	s := t.newSession(ctx)
+	s := t.newSession(ctx, folder)
 	for _, step := range steps {
-		t.Eventually(ctx, settleLimit, fmt.Sprintf("%q prints what it should", step.Command), func(context.Context) error {
+		t.Eventually(ctx, settleLimit, fmt.Sprintf("%q does what it should", step.Command), func(context.Context) error {
 			output, status, err := s.run(step.Command)
 			if err != nil {
 				t.Fatalf("%s: %v", step.Command, err)
 			}
 			t.Logf("$ %s\n%s\n(status %s)", step.Command, output, status)
-			return step.check(output, status)
+			return check(step, output, status)
 		})
 	}
 }

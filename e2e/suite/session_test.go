@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"reflect"
 	"strings"
 	"testing"
 
@@ -20,48 +19,24 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 
 	"github.com/postern-cni/postern/e2e/cluster"
+	"github.com/postern-cni/postern/e2e/docs"
 )
-
-func TestTranscriptIsTheCommandsAndWhatTheyPrint(t *testing.T) {
-	got := Transcript(`# What it shows. $ not a command
-#
-#   $ kubectl apply -f x.yaml
-#   $ kubectl get pods \
-#       -o wide
-#   NAME  READY
-#   web   1/1
-#
-# More words:
-#
-#   $ kubectl delete pod web
-apiVersion: v1
-#   $ not in the head
-`)
-	want := []Step{
-		{Command: "kubectl apply -f x.yaml"},
-		{Command: "kubectl get pods \\\n    -o wide", Prints: []string{"NAME  READY", "web   1/1"}},
-		{Command: "kubectl delete pod web"},
-	}
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
-}
 
 func TestStepsAreCheckedByWhatTheyPrintElseByTheirStatus(t *testing.T) {
 	for _, test := range []struct {
-		step           Step
+		step           docs.Step
 		output, status string
 		ok             bool
 	}{
-		{Step{}, "anything", "0", true},
-		{Step{}, "anything", "1", false},
-		{Step{Prints: []string{"TIMEOUT"}}, "TIMEOUT\ncommand terminated with exit code 1", "1", true},
-		{Step{Prints: []string{"TIMEOUT"}}, "", "0", false},
-		{Step{Prints: []string{"a", "b"}}, "x a\nb", "0", true},
-		{Step{Prints: []string{"a", "b"}}, "b a", "0", false},
-		{Step{Prints: []string{"a", "a"}}, "a", "0", false},
+		{docs.Step{}, "anything", "0", true},
+		{docs.Step{}, "anything", "1", false},
+		{docs.Step{Prints: []string{"TIMEOUT"}}, "TIMEOUT\ncommand terminated with exit code 1", "1", true},
+		{docs.Step{Prints: []string{"TIMEOUT"}}, "", "0", false},
+		{docs.Step{Prints: []string{"a", "b"}}, "x a\nb", "0", true},
+		{docs.Step{Prints: []string{"a", "b"}}, "b a", "0", false},
+		{docs.Step{Prints: []string{"a", "a"}}, "a", "0", false},
 	} {
-		if err := test.step.check(test.output, test.status); (err == nil) != test.ok {
+		if err := check(test.step, test.output, test.status); (err == nil) != test.ok {
 			t.Errorf("%q with status %s for %q: %v", test.output, test.status, test.step.Prints, err)
 		}
 	}
@@ -70,7 +45,7 @@ func TestStepsAreCheckedByWhatTheyPrintElseByTheirStatus(t *testing.T) {
 func TestASessionKeepsVariablesAndSaysEachStatus(t *testing.T) {
 	results := Runner{Cluster: &cluster.Cluster{Source: t.TempDir()}, Logs: t.TempDir()}.Run(t.Context(), []Case{{
 		Name: "a session", Run: func(ctx context.Context, t *T) {
-			s := t.newSession(ctx)
+			s := t.newSession(ctx, t.Cluster.Source)
 			for _, test := range []struct{ command, output, status string }{
 				{"WORD='two words'", "", "0"},
 				{`echo "$WORD"; echo to stderr >&2`, "two words\nto stderr", "0"},
@@ -144,7 +119,7 @@ func TestExamplesSayInTheirHeadWhatToRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, text := range examples(t) {
-		steps := Transcript(text)
+		steps := docs.Transcript(docs.HeadComment(text))
 		if len(steps) == 0 || steps[0].Command != "kubectl apply -f "+examplesFolder+"/"+name {
 			t.Errorf("%s: its head must begin with applying the file, and has the commands %q", name, steps)
 		}

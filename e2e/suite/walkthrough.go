@@ -11,6 +11,8 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/postern-cni/postern/e2e/docs"
 )
 
 // Walkthrough is every example of manifests/examples: its head comment followed as a reader would, and then what it allows and what it
@@ -47,7 +49,7 @@ func (t *T) example(ctx context.Context, file string, namespaces ...string) {
 		t.Ready(ctx, namespace)
 	}
 	t.Enforced(ctx)
-	t.Follow(ctx, Transcript(string(text)))
+	t.Follow(ctx, t.Cluster.Source, docs.Transcript(docs.HeadComment(string(text))))
 	t.Kubectl(ctx, "apply", "-f", filepath.Join(t.Cluster.Source, path))
 	t.Enforced(ctx)
 }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -78,7 +79,8 @@ func (t *T) parallel(n int, fn func(i int)) {
 // is there, and then less often until the case ends. For 300 pods at once, the first pace would be more than a small machine can
 // send, and keep from it what starts the pods: so pods are started in a row, a few a second.
 const (
-	firstPace  = 5 * time.Millisecond
+	firstPace  = 5 * time.Millisecond  // from the pod's own node
+	otherPace  = 50 * time.Millisecond // from another node, whose table of connections keeps each attempt for two minutes
 	firstTime  = 4 * time.Second
 	secondPace = time.Second
 	startPace  = 200 * time.Millisecond
@@ -91,25 +93,26 @@ func firstInstant(ctx context.Context, t *T) {
 	t.DenyAll(ctx, closed)
 	clients := t.ClientOnEachNode(ctx, open, "client", nil)
 	t.Enforced(ctx)
-	var first, second []*Prober
+	var first, other, second []*Prober
 	for _, client := range clients {
-		first, second = append(first, t.Probe(client, firstPace)), append(second, t.Probe(client, secondPace))
+		first, other = append(first, t.Probe(client, firstPace)), append(other, t.Probe(client, otherPace))
+		second = append(second, t.Probe(client, secondPace))
 	}
 	watching, stop := context.WithCancel(ctx)
 	defer stop()
 	var watchers sync.WaitGroup
 	for i, node := range t.Cluster.Nodes {
 		watchers.Go(func() {
-			next := (i + 1) % len(clients)
-			err := taken(watching, node, t.Cluster.Family, func(address netip.Addr) {
+			here, there, later := first[i], other[(i+1)%len(clients)], second[i]
+			err := taken(watching, node, func(address netip.Addr) {
 				place := netip.AddrPortFrom(address, serverPort)
-				for _, from := range []int{i, next} {
-					first[from].Add(place)
-					time.AfterFunc(firstTime, func() {
-						second[from].Add(place)
-						first[from].Remove(place)
-					})
-				}
+				here.Add(place)
+				there.Add(place)
+				time.AfterFunc(firstTime, func() {
+					later.Add(place)
+					here.Remove(place)
+					there.Remove(place)
+				})
 			})
 			if err != nil {
 				t.Errorf("watch the addresses of %s: %v", node.Name, err)
@@ -129,7 +132,7 @@ func firstInstant(ctx context.Context, t *T) {
 	stop()
 	watchers.Wait()
 	var sum Tally
-	for _, p := range append(first, second...) {
+	for _, p := range slices.Concat(first, other, second) {
 		tally := p.Sum()
 		sum.Tried, sum.Connected, sum.Refused = sum.Tried+tally.Tried, sum.Connected+tally.Connected, sum.Refused+tally.Refused
 		if tally.Passed() > 0 {
@@ -179,7 +182,7 @@ func (t *T) opens(ctx context.Context, namespace string, pods []*Pod, probers []
 }
 
 // taken calls fn with each address that IPAM takes for a pod of a node from now on, at once.
-func taken(ctx context.Context, node *cluster.Node, family string, fn func(netip.Addr)) error {
+func taken(ctx context.Context, node *cluster.Node, fn func(netip.Addr)) error {
 	folder, err := node.Path("/run/postern/ipam")
 	if err != nil {
 		return err

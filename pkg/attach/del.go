@@ -71,9 +71,8 @@ func known(store *attachment.Store, cfg *cniconf.Config) (*attachment.Attachment
 // detach takes an attachment apart in the order of the package's comment. It goes on after an error, but for the address:
 // what still leads to it must not lead to a new owner.
 func detach(ctx context.Context, cfg *cniconf.Config, store *attachment.Store, a *attachment.Attachment) error {
-	errs := []error{unready(a.HostInterface, a.Addresses), podlink.Delete(a.HostInterface, a.Key())}
-	for _, addr := range a.Addresses {
-		errs = append(errs, conntrack.DeleteAddress(addr))
+	errs := []error{
+		unready(a.HostInterface, a.Addresses), podlink.Delete(a.HostInterface, a.Key()), conntrack.DeleteAddresses(a.Addresses...),
 	}
 	if len(a.PortMappings) > 0 {
 		errs = append(errs, unmap(ctx, cfg, store, a))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"net/netip"
 	"slices"
 
 	"github.com/postern-cni/postern/pkg/attachment"
@@ -33,10 +34,9 @@ func RemoveAll(ctx context.Context, stateDir string) (links []string, err error)
 		links = append(links, link)
 	}
 	list, _ := store.List() // what cannot be read says nothing of flows
+	var addresses []netip.Addr
 	for _, a := range list {
-		for _, addr := range a.Addresses {
-			errs = append(errs, conntrack.DeleteAddress(addr))
-		}
+		addresses = append(addresses, a.Addresses...)
 	}
-	return links, errors.Join(errs...)
+	return links, errors.Join(append(errs, conntrack.DeleteAddresses(addresses...))...)
 }

@@ -18,9 +18,9 @@ func BenchmarkAmongOthers(b *testing.B) {
 		ns.Do(b, func() { others(b, netip.MustParseAddr(net), 100_000) })
 		one := netip.MustParseAddr(net).Next()
 		for what, do := range map[string]func() error{
-			"List":          func() error { _, err := List(); return err },
-			"List/one":      func() error { _, err := List(one); return err },
-			"DeleteAddress": func() error { return DeleteAddress(one) },
+			"List":            func() error { _, err := List(); return err },
+			"List/one":        func() error { _, err := List(one); return err },
+			"DeleteAddresses": func() error { return DeleteAddresses(one) },
 		} {
 			b.Run(what+"/"+name, func(b *testing.B) {
 				ns.Do(b, func() {

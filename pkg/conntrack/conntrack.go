@@ -9,15 +9,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DeleteAddress deletes every flow, in every zone, that has the address as source or destination, in its original or its
-// reply direction.
-func DeleteAddress(addr netip.Addr) error {
-	addr = addr.Unmap()
-	if !addr.IsValid() || addr.IsUnspecified() {
-		return fmt.Errorf("delete flows of %q: an address of a host is needed", addr)
+// DeleteAddresses deletes every flow, in every zone, that has one of the addresses as source or destination, in its original or
+// its reply direction. It reads the table once for each family, however many addresses there are; without any, it does nothing.
+func DeleteAddresses(addrs ...netip.Addr) error {
+	wanted := map[uint8]map[netip.Addr]bool{}
+	for _, addr := range addrs {
+		addr = addr.Unmap()
+		if !addr.IsValid() || addr.IsUnspecified() {
+			return fmt.Errorf("delete flows of %q: an address of a host is needed", addr)
+		}
+		if wanted[family(addr)] == nil {
+			wanted[family(addr)] = map[netip.Addr]bool{}
+		}
+		wanted[family(addr)][addr] = true
 	}
-	if err := deleteAll(addressFilters(addr)); err != nil {
-		return fmt.Errorf("delete flows of %s: %w", addr, err)
+	if len(wanted) == 0 {
+		return nil
+	}
+	t, err := open()
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	for fam, of := range wanted {
+		err = errors.Join(err, t.deleteEach(fam, func(f Flow) bool { return f.touches(func(a netip.Addr) bool { return of[a] }) }))
+	}
+	if err != nil {
+		return fmt.Errorf("delete flows of %v: %w", addrs, err)
 	}
 	return nil
 }
@@ -31,41 +49,29 @@ func DeleteUDPPort(port uint16, hostIP netip.Addr) error {
 		of = []uint8{family(hostIP)}
 	}
 	for _, fam := range of {
-		if err := deleteAll([]filter{udpPortFilter(fam, port, hostIP)}); err != nil {
+		if err := deleteFound(udpPortFilter(fam, port, hostIP)); err != nil {
 			return fmt.Errorf("delete UDP flows to %v port %d: %w", hostIP, port, err)
 		}
 	}
 	return nil
 }
 
-// deleteAll deletes what one of some filters of one family finds: the kernel does, or, where it cannot, a dump shows which.
-func deleteAll(filters []filter) error {
+// deleteFound deletes what a filter finds: the kernel does, or, where it cannot, a dump shows which.
+func deleteFound(f filter) error {
 	t, err := open()
 	if err != nil {
 		return err
 	}
 	defer t.Close()
-	for _, f := range filters {
-		if err = t.deleteFiltered(f); err != nil {
-			break
-		}
-	}
-	if errors.Is(err, errNoFilter) {
-		err = t.deleteEach(filters)
+	if err = t.deleteFiltered(f); errors.Is(err, errNoFilter) {
+		err = t.deleteEach(f.family, f.finds)
 	}
 	return err
 }
 
-// deleteEach is the way of kernels that cannot filter a deletion.
-func (t table) deleteEach(filters []filter) error {
-	doomed, err := t.dump(filters[0].family, func(f Flow) bool {
-		for _, filter := range filters {
-			if filter.finds(f) {
-				return true
-			}
-		}
-		return false
-	})
+// deleteEach deletes the flows of a family that match, one by one.
+func (t table) deleteEach(family uint8, match func(Flow) bool) error {
+	doomed, err := t.dump(family, match)
 	for _, f := range doomed {
 		err = errors.Join(err, t.delete(f))
 	}
@@ -110,41 +116,21 @@ func List(addrs ...netip.Addr) ([]Flow, error) {
 	})
 }
 
-// filter is for the deletion of flows whose tuple in one direction has certain parts.
+// filter is for the deletion of flows whose original tuple has certain parts.
 type filter struct {
 	family uint8
 	// broken says that the kernel compares such addresses the wrong way round.
 	broken bool
-	tuple  []byte // CTA_TUPLE_ORIG or CTA_TUPLE_REPLY, with the parts that flags name and no others
-	side   uint16 // ctaFilterOrigFlags or ctaFilterReplyFlags
+	tuple  []byte // CTA_TUPLE_ORIG, with the parts that flags name and no others
 	flags  uint32
 	finds  func(Flow) bool // the same here
-}
-
-// addressFilters returns the four filters that together find an address anywhere in a flow.
-func addressFilters(addr netip.Addr) (filters []filter) {
-	src, dst := uint16(nl.CTA_IP_V4_SRC), uint16(nl.CTA_IP_V4_DST)
-	if addr.Is6() {
-		src, dst = nl.CTA_IP_V6_SRC, nl.CTA_IP_V6_DST
-	}
-	add := func(tuple, side, end uint16, flags uint32, at func(Flow) netip.AddrPort) {
-		filters = append(filters, filter{
-			family: family(addr), broken: addr.Is6(), tuple: tupleOf(tuple, end, addr, nil), side: side, flags: flags,
-			finds: func(f Flow) bool { return at(f).Addr() == addr },
-		})
-	}
-	add(nl.CTA_TUPLE_ORIG, ctaFilterOrigFlags, src, filterIPSrc, func(f Flow) netip.AddrPort { return f.Orig.Src })
-	add(nl.CTA_TUPLE_ORIG, ctaFilterOrigFlags, dst, filterIPDst, func(f Flow) netip.AddrPort { return f.Orig.Dst })
-	add(nl.CTA_TUPLE_REPLY, ctaFilterReplyFlags, src, filterIPSrc, func(f Flow) netip.AddrPort { return f.Reply.Src })
-	add(nl.CTA_TUPLE_REPLY, ctaFilterReplyFlags, dst, filterIPDst, func(f Flow) netip.AddrPort { return f.Reply.Dst })
-	return filters
 }
 
 // udpPortFilter finds UDP flows by their original destination: a port, and an address if one is given.
 func udpPortFilter(family uint8, port uint16, hostIP netip.Addr) filter {
 	exact := hostIP.IsValid() && !hostIP.IsUnspecified()
 	f := filter{
-		family: family, broken: exact && hostIP.Is6(), side: ctaFilterOrigFlags, flags: filterProtoNum | filterProtoDstPort,
+		family: family, broken: exact && hostIP.Is6(), flags: filterProtoNum | filterProtoDstPort,
 		finds: func(f Flow) bool {
 			return f.Proto == unix.IPPROTO_UDP && f.Orig.Dst.Port() == port && (!exact || f.Orig.Dst.Addr() == hostIP)
 		},

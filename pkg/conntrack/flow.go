@@ -37,11 +37,9 @@ func (f Flow) touches(wanted func(netip.Addr) bool) bool {
 
 // Attributes that package nl does not name (include/uapi/linux/netfilter/nfnetlink_conntrack.h).
 const (
-	ctaFilter           = 25
-	ctaFilterOrigFlags  = 1
-	ctaFilterReplyFlags = 2
+	ctaFilter          = 25
+	ctaFilterOrigFlags = 1
 
-	filterIPSrc        = 1 << 0
 	filterIPDst        = 1 << 1
 	filterProtoNum     = 1 << 3
 	filterProtoDstPort = 1 << 5

@@ -71,7 +71,7 @@ func (t table) deleteFiltered(f filter) error {
 // append adds to a request what makes it one for the flows that the filter finds.
 func (f filter) append(request []byte) []byte {
 	return nfnetlink.Nested(append(request, f.tuple...), ctaFilter, func(b []byte) []byte {
-		return nfnetlink.Attribute(b, f.side, nl.Uint32Attr(f.flags)...)
+		return nfnetlink.Attribute(b, ctaFilterOrigFlags, nl.Uint32Attr(f.flags)...)
 	})
 }
 

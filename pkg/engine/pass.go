@@ -187,13 +187,13 @@ func (p pair) entry() rule.Entry {
 // inheritNothing ends the flows of addresses that are about to become ready: they are a former owner's. What the kernel holds
 // as ready when policyd starts was guarded by its predecessor, and keeps its flows.
 func (e *Engine) inheritNothing(fresh []pair) error {
-	var errs []error
+	var addresses []netip.Addr
 	for _, p := range fresh {
 		f := rule.FamilyOf(p.address)
 		if e.untouched[f] && (!e.plane.Known(f) || e.plane.Holds(f, rule.ReadySet(f), p.entry())) {
 			continue // of a family that could not be read, nobody becomes ready
 		}
-		errs = append(errs, conntrack.DeleteAddress(p.address))
+		addresses = append(addresses, p.address)
 	}
-	return errors.Join(errs...)
+	return conntrack.DeleteAddresses(addresses...)
 }

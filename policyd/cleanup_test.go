@@ -49,7 +49,7 @@ func installed(t *testing.T, backend string) (w *wholeNode, root string) {
 		t.Fatal(err)
 	}
 	root = t.TempDir()
-	for _, folder := range []string{"etc/udev/rules.d", "etc/systemd/network", "etc/NetworkManager/conf.d"} {
+	for _, folder := range []string{"etc/udev/rules.d", "etc/systemd/network", "etc/NetworkManager/conf.d", "etc/sysctl.d"} {
 		if err := os.MkdirAll(filepath.Join(root, folder), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -197,7 +197,7 @@ func TestUninstallWaitsForPolicydAndKeepsWatch(t *testing.T) {
 		t.Fatal("it did not wait for policyd's end")
 	}
 	w.stop()
-	nettest.Eventually(t, 30*time.Second, "the clean-up", ready)
+	nettest.Eventually(t, 2*time.Minute, "the clean-up", ready)
 	gone := func() error {
 		if left := remainders(w.everything(t, root, "nft")); len(left) > 0 {
 			return fmt.Errorf("left are %q", left)

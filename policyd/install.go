@@ -23,9 +23,10 @@ func rootFlag(flags *flag.FlagSet) *string {
 	return flags.String("root", "/", "`folder` under which the node's own folders are; in a container they are mounted")
 }
 
-// ourLinks are patterns of the names that links of ours have on the node.
-func ourLinks() []string {
-	return []string{attachment.GuardedPrefix + "*", attachment.UnguardedPrefix + "*", nodenet.DevicePrefix + "*"}
+// ourLinks are those of ours on the node.
+func ourLinks() nodefiles.Links {
+	return nodefiles.Links{Pods: []string{attachment.GuardedPrefix + "*", attachment.UnguardedPrefix + "*"},
+		Tunnels: []string{nodenet.DevicePrefix + "*"}}
 }
 
 // installCommand is what the node's folders are needed for before policyd runs, so that a process with few rights, that ends, has

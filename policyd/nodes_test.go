@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/postern-cni/postern/pkg/attachment"
@@ -114,10 +115,12 @@ func (w *wholeNode) attach(
 	}
 	var addresses [2]netip.Addr
 	w.ns.Do(t, func() {
-		result, err := cni.AddNetworkList(context.Background(), list, rt)
-		if err != nil {
-			t.Fatalf("ADD %s on %s: %v", name, w.name, err)
-		}
+		var result types.Result
+		nettest.Eventually(t, 2*time.Minute, fmt.Sprintf("ADD %s on %s", name, w.name), func() error { // as a runtime tries again
+			var err error
+			result, err = cni.AddNetworkList(context.Background(), list, rt)
+			return err
+		})
 		full, err := types100.NewResultFromResult(result)
 		if err != nil {
 			t.Fatal(err)

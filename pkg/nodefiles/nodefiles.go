@@ -16,6 +16,8 @@
 //     starts.
 //   - A .network file for systemd-networkd, whatever its version, read when it starts; it precedes others by its name. And a .link
 //     file against renaming and MACs of udev's, which reads it by itself (systemd.link(5)).
+//   - A file for sysctl.d(5): udev has systemd-sysctl set, for each new link, what patterns there match it, and distributions
+//     write such a pattern for rp_filter. The last file's pattern wins.
 package nodefiles
 
 import (
@@ -26,6 +28,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -129,30 +132,44 @@ func temporary(path string) string {
 // managed is a file for one of the network managers. It is written where its folder is there.
 type managed struct {
 	path string
-	text func(links []string) string
+	text func(Links) string
 }
 
+// Links are patterns of the names of links of ours: letters, and "*" for the rest.
+type Links struct{ Pods, Tunnels []string }
+
+func (l Links) all() []string { return slices.Concat(l.Pods, l.Tunnels) }
+
 var managers = []managed{
-	{"etc/udev/rules.d/70-postern.rules", func(links []string) string {
+	{"etc/udev/rules.d/70-postern.rules", func(l Links) string {
 		return fmt.Sprintf("SUBSYSTEM==\"net\", ACTION!=\"remove\", KERNEL==%q, ENV{NM_UNMANAGED}=\"1\", ENV{ID_NET_MANAGED_BY}=\"postern\"\n",
-			strings.Join(links, "|"))
+			strings.Join(l.all(), "|"))
 	}},
-	{"etc/NetworkManager/conf.d/postern.conf", func(links []string) string {
-		return fmt.Sprintf("[device-postern]\nmatch-device=interface-name:%s\nmanaged=0\n", strings.Join(links, ",interface-name:"))
+	{"etc/NetworkManager/conf.d/postern.conf", func(l Links) string {
+		return fmt.Sprintf("[device-postern]\nmatch-device=interface-name:%s\nmanaged=0\n", strings.Join(l.all(), ",interface-name:"))
 	}},
-	{"etc/systemd/network/05-postern.network", func(links []string) string {
-		return fmt.Sprintf("[Match]\nName=%s\n\n[Link]\nUnmanaged=yes\n", strings.Join(links, " "))
+	{"etc/systemd/network/05-postern.network", func(l Links) string {
+		return fmt.Sprintf("[Match]\nName=%s\n\n[Link]\nUnmanaged=yes\n", strings.Join(l.all(), " "))
 	}},
-	{"etc/systemd/network/05-postern.link", func(links []string) string {
-		return fmt.Sprintf("[Match]\nOriginalName=%s\n\n[Link]\nNamePolicy=keep\nMACAddressPolicy=none\n", strings.Join(links, " "))
+	{"etc/systemd/network/05-postern.link", func(l Links) string {
+		return fmt.Sprintf("[Match]\nOriginalName=%s\n\n[Link]\nNamePolicy=keep\nMACAddressPolicy=none\n", strings.Join(l.all(), " "))
+	}},
+	{"etc/sysctl.d/99-zz-postern.conf", func(l Links) string {
+		var b strings.Builder
+		for value, links := range [][]string{l.Tunnels, l.Pods} {
+			for _, link := range links { // "-": where no link matches, that is no error
+				fmt.Fprintf(&b, "-net.ipv4.conf.%s.rp_filter = %d\n", link, value)
+			}
+		}
+		return b.String()
 	}},
 }
 
 const managedHead = "# Links of postern's are not yours to manage. Written by `policyd install`, removed by `policyd cleanup --all`.\n"
 
-// TellManagers has the network managers of the node at root leave links alone, whose names match one of the patterns: letters, and
-// "*" for the rest. It returns the files that it wrote. What cannot be written stops nothing else.
-func TellManagers(root string, links []string) (written []string, err error) {
+// TellManagers has the network managers of the node at root leave links alone. It returns the files that it wrote. What cannot be
+// written stops nothing else.
+func TellManagers(root string, links Links) (written []string, err error) {
 	var errs []error
 	for _, m := range managers {
 		path := filepath.Join(root, m.path)

@@ -130,7 +130,7 @@ func TestOnlyALoopbackOfOursIsReplacedAndRemoved(t *testing.T) {
 }
 
 func TestNetworkManagersAreToldWhereTheyAre(t *testing.T) {
-	links := []string{"pst*", "postern-vx*"}
+	links := nodefiles.Links{Pods: []string{"pst*"}, Tunnels: []string{"postern-vx*"}}
 	for _, tt := range []struct {
 		folders []string
 		files   []string
@@ -138,8 +138,8 @@ func TestNetworkManagersAreToldWhereTheyAre(t *testing.T) {
 		{nil, nil},
 		{[]string{"etc/systemd", "etc/udev", "etc/NetworkManager"}, nil},
 		{[]string{"etc/udev/rules.d"}, []string{"etc/udev/rules.d/70-postern.rules"}},
-		{[]string{"etc/udev/rules.d", "etc/systemd/network", "etc/NetworkManager/conf.d"}, []string{"etc/NetworkManager/conf.d/postern.conf",
-			"etc/systemd/network/05-postern.link", "etc/systemd/network/05-postern.network", "etc/udev/rules.d/70-postern.rules"}},
+		{[]string{"etc/udev/rules.d", "etc/systemd/network", "etc/NetworkManager/conf.d", "etc/sysctl.d"}, []string{"etc/NetworkManager/conf.d/postern.conf",
+			"etc/sysctl.d/99-zz-postern.conf", "etc/systemd/network/05-postern.link", "etc/systemd/network/05-postern.network", "etc/udev/rules.d/70-postern.rules"}},
 	} {
 		root := t.TempDir()
 		for _, f := range tt.folders {
@@ -179,7 +179,7 @@ func TestWhatCannotBeWrittenKeepsNothingElseFromBeing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	written, err := nodefiles.TellManagers(root, []string{"pst*"})
+	written, err := nodefiles.TellManagers(root, nodefiles.Links{Pods: []string{"pst*"}})
 	if err == nil || !strings.Contains(err.Error(), "70-postern.rules") || len(written) != 2 {
 		t.Errorf("wrote %v, %v", written, err)
 	}

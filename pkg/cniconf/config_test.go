@@ -107,6 +107,26 @@ func TestEveryKeyIsRead(t *testing.T) {
 	}
 }
 
+func TestPortMappingsAreReadAsRuntimesWriteThem(t *testing.T) {
+	want := []attachment.PortMapping{{HostPort: 9000, ContainerPort: 8080, Protocol: "tcp"}}
+	for runtime, mapping := range map[string]string{
+		"containerd": `{"HostPort":9000,"ContainerPort":8080,"Protocol":"tcp","HostIP":""}`,
+		"CRI-O":      `{"hostPort":9000,"containerPort":8080,"protocol":"tcp","hostIP":""}`,
+		"both":       `{"hostPort":9000,"HostPort":1,"ContainerPort":8080,"containerport":2}`,
+	} {
+		c, err := ParseNetwork([]byte(with(t, "runtimeConfig/portMappings", "["+mapping+"]")))
+		if err != nil {
+			t.Errorf("%s: %v", runtime, err)
+		} else if !reflect.DeepEqual(c.PortMappings, want) {
+			t.Errorf("%s: got %+v, want %+v", runtime, c.PortMappings, want)
+		}
+	}
+	_, err := ParseNetwork([]byte(with(t, "runtimeConfig/portMappings", `[{"HostPort":0,"ContainerPort":8080}]`)))
+	if err == nil || !strings.Contains(err.Error(), "hostPort: 0") {
+		t.Errorf("a wrong port under another name: %v", err)
+	}
+}
+
 // mustRefuse checks the code, and that the message names the key.
 func mustRefuse(t *testing.T, err error, code uint, parts ...string) {
 	t.Helper()

@@ -331,8 +331,10 @@ func readPortMappings(o object) []attachment.PortMapping {
 	return all
 }
 
+// readPortMapping takes the keys in any case: containerd writes HostPort, ContainerPort, Protocol and HostIP.
 func readPortMapping(o object) (m attachment.PortMapping, ok bool) {
 	before := len(o.p.list)
+	o = o.inAnyCase("hostPort", "containerPort", "protocol", "hostIP")
 	m.HostPort = portNumber(o, "hostPort")
 	m.ContainerPort = portNumber(o, "containerPort")
 	const protocolAllowed = "tcp, udp or sctp is allowed"

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -91,6 +93,21 @@ type object struct {
 func (o object) value(key string) (json.RawMessage, bool) {
 	raw, ok := o.fields[key]
 	return raw, ok && string(raw) != "null"
+}
+
+// inAnyCase returns the object with the given keys also where it has them in other letters' case, as Go's own decoder reads them and
+// so the plugins of the CNI project. A key as it is given here comes first, then the first of the others in order.
+func (o object) inAnyCase(keys ...string) object {
+	fields := maps.Clone(o.fields)
+	for _, name := range slices.Sorted(maps.Keys(o.fields)) {
+		for _, key := range keys {
+			if _, there := fields[key]; !there && strings.EqualFold(name, key) {
+				fields[key] = o.fields[name]
+			}
+		}
+	}
+	o.fields = fields
+	return o
 }
 
 // get decodes a key's value; ok is false where it is missing, or wrong, which is noted.

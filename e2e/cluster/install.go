@@ -135,7 +135,7 @@ func (n *Node) Traces(ctx context.Context) ([]string, error) {
 		{"sets", `ipset list -name | grep -iE '^(pst|postern)'`},
 		{"links", `ip -oneline link show | grep -E ' (pst|psx|postern)'`},
 		{"routes", `ip -4 route show table all proto 112; ip -6 route show table all proto 112`},
-		{"files of its name", `find /etc /opt /run /var/lib/cni -iname '*postern*'`},
+		{"files of its name", `find /etc /opt /run /var/lib/cni -path /run/containerd -prune -o -iname '*postern*' -print`},
 		{"mentions in files", `grep -rlE 'postern|pst\*' /etc/NetworkManager /etc/systemd/network /etc/udev /etc/cni 2>/dev/null`},
 	} {
 		// grep's exit status 1 means that there are none.

@@ -25,16 +25,25 @@ func BeFirst(file string) error {
 	}
 	for _, step := range []func() error{
 		config.mountKernel, config.keepKernelSettings, config.mountFiles, config.writeFiles, config.startRuntime, config.importImages,
-		config.startKubernetes,
+		config.startKubelet,
 	} {
 		if err := step(); err != nil {
 			return fmt.Errorf("%s: %w", config.Name, err)
 		}
 	}
+	proxy, err := config.startProxy()
 	for {
+		if err != nil {
+			return fmt.Errorf("%s: %w", config.Name, err)
+		}
 		var status syscall.WaitStatus
-		if _, err := syscall.Wait4(-1, &status, 0, nil); errors.Is(err, syscall.ECHILD) {
+		ended, gone := syscall.Wait4(-1, &status, 0, nil)
+		if errors.Is(gone, syscall.ECHILD) {
 			time.Sleep(100 * time.Millisecond) // nothing runs, yet the node is there until it is stopped
+		}
+		if ended == proxy {
+			time.Sleep(time.Second)
+			proxy, err = config.startProxy()
 		}
 	}
 }
@@ -225,24 +234,24 @@ func (c insideConfig) environment() []string {
 }
 
 // start starts a program that goes on, with its output in the cluster's log folder.
-func (c insideConfig) start(name string, argv ...string) error {
+func (c insideConfig) start(name string, argv ...string) (pid int, err error) {
 	log, err := os.OpenFile(filepath.Join(c.Dir, "log", c.Name+"-"+name+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer log.Close()
 	process, err := os.StartProcess(argv[0], argv, &os.ProcAttr{
 		Env: c.environment(), Files: []*os.File{nil, log, log}, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
-		return fmt.Errorf("start %s: %w", name, err)
+		return 0, fmt.Errorf("start %s: %w", name, err)
 	}
-	pid := fmt.Sprintf("%d\n", process.Pid)
-	return errors.Join(os.WriteFile("/run/"+name+".pid", []byte(pid), 0o644), process.Release())
+	pid = process.Pid
+	return pid, errors.Join(os.WriteFile("/run/"+name+".pid", fmt.Appendln(nil, pid), 0o644), process.Release())
 }
 
 func (c insideConfig) startRuntime() error {
-	if err := c.start("containerd", filepath.Join(c.Dir, "debian/usr/bin/containerd"), "--config", "/run/containerd.toml"); err != nil {
+	if _, err := c.start("containerd", filepath.Join(c.Dir, "debian/usr/bin/containerd"), "--config", "/run/containerd.toml"); err != nil {
 		return err
 	}
 	var err error
@@ -279,15 +288,23 @@ func (c insideConfig) ctr(args ...string) error {
 	return err
 }
 
-func (c insideConfig) startKubernetes() error {
-	config := func(name string) string { return filepath.Join(c.Dir, "run", c.Name+name) }
+// kubernetesConfig is a file of the cluster for one of the node's programs.
+func (c insideConfig) kubernetesConfig(name string) string {
+	return filepath.Join(c.Dir, "run", c.Name+name)
+}
+
+func (c insideConfig) startKubelet() error {
 	var addresses []string
 	for _, a := range c.Addresses {
 		addresses = append(addresses, a.String())
 	}
-	if err := c.start("kubelet", filepath.Join(c.Dir, "bin/kubelet"), "--config="+config("-kubelet.yaml"), "--kubeconfig="+config(".kubeconfig"),
-		"--hostname-override="+c.Name, "--node-ip="+strings.Join(addresses, ","), "--v=2"); err != nil {
-		return err
-	}
-	return c.start("kube-proxy", filepath.Join(c.Dir, "bin/kube-proxy"), "--config="+config("-proxy.yaml"), "--v=2")
+	_, err := c.start("kubelet", filepath.Join(c.Dir, "bin/kubelet"), "--config="+c.kubernetesConfig("-kubelet.yaml"),
+		"--kubeconfig="+c.kubernetesConfig(".kubeconfig"), "--hostname-override="+c.Name, "--node-ip="+strings.Join(addresses, ","), "--v=2")
+	return err
+}
+
+// startProxy starts kube-proxy, and is called again when that has ended: it ends by itself to begin anew with other addresses of
+// the node, which it also finds where it is quicker than kubelet is with the first ones. Elsewhere a DaemonSet starts it again.
+func (c insideConfig) startProxy() (pid int, err error) {
+	return c.start("kube-proxy", filepath.Join(c.Dir, "bin/kube-proxy"), "--config="+c.kubernetesConfig("-proxy.yaml"), "--v=2")
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"slices"
 
@@ -155,10 +154,6 @@ func Alive(all []*attachment.Attachment) []*attachment.Attachment {
 // check refuses what no rule can do.
 func check(a *attachment.Attachment) error {
 	for _, m := range a.PortMappings {
-		if m.HostIP == netip.IPv6Loopback() {
-			return fmt.Errorf("hostIP %s: the kernel routes no packet from there to a pod; "+
-				"use 127.0.0.1 or an address of the node", m.HostIP)
-		}
 		if !m.HostIP.IsValid() {
 			continue
 		}

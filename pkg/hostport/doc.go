@@ -10,7 +10,9 @@
 //     Both are SNAT to the node's address; MASQUERADE picks any global address, and is used only where no other is known.
 //   - route_localnet lets pods send to the node's 127.0.0.0/8 (CVE-2020-8558), so a drop in raw PREROUTING comes first. It
 //     stands whether or not somebody else has set route_localnet.
-//   - IPv6 has no route_localnet: a hostPort cannot be reached at [::1], which is left to the node's own processes.
+//   - IPv6 has no route_localnet: the kernel lets no packet from ::1 leave the node. So what a process sends from there, as it does to
+//     [::1] unless told otherwise, is left to the node's own servers; what it sends to [::1] from another address of the node
+//     reaches the pod.
 //
 // The chains POSTERN-HOSTPORT, POSTERN-SNAT (nat) and POSTERN-LOOPBACK (raw) and their hooks are all that is written. They
 // are a function of the records of attachments, the same whichever program writes them: without any port mapping they are

@@ -83,7 +83,7 @@ func ruleText(r rule.Rule) string {
 		case rule.Out:
 			fmt.Fprintf(&b, "-o %s ", m.Name)
 		case rule.Source:
-			fmt.Fprintf(&b, "-s %s ", m.Prefix)
+			fmt.Fprintf(&b, "%s-s %s ", map[bool]string{true: "! "}[m.Not], m.Prefix)
 		case rule.Dest:
 			fmt.Fprintf(&b, "%s-d %s ", map[bool]string{true: "! "}[m.Not], m.Prefix)
 		case rule.Protocol:
@@ -247,6 +247,35 @@ func TestHostIPAnswersAtThatAddressAlone(t *testing.T) {
 		for to, reached := range map[string]bool{"192.0.2.11:8080": true, "192.0.2.1:8080": false, "192.0.2.1:8081": true} {
 			if err := nettest.Dial(n.machine, "tcp", netip.AddrPort{}, at(to), patience); (err == nil) != reached {
 				t.Errorf("%s: %v, want reached: %v", to, err, reached)
+			}
+		}
+	})
+}
+
+// Upstream's conformance test of hostPort does this on IPv6 nodes.
+func TestIPv6LoopbackLeadsToAPodFromAnyAddressButItself(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		n := newNode(t, backend)
+		a := pod(1, "::1/8080:80/tcp", "8081:80/tcp")
+		if err := n.apply(t, a); err != nil {
+			t.Fatal(err)
+		}
+		nettest.TCPServer(t, n.pods[1], netip.AddrPortFrom(a.Addresses[1], 80))
+		own := nettest.TCPServer(t, n.host, at("[::1]:8080"))
+		for _, tt := range []struct {
+			what     string
+			ns       *nettest.NS
+			from, to string
+			seen     string // by the server; empty where nobody is reached
+		}{
+			{"hostIP ::1, from the node's address", n.host, "[fd00:2::1]:0", "[::1]:8080", "fd00:2::1"},
+			{"no hostIP, from the node's address", n.host, "[fd00:2::1]:0", "[::1]:8081", "fd00:2::1"},
+			{"from ::1, the node's own server", n.host, "[::1]:0", own.String(), "::1"},
+			{"hostIP ::1 is no other address", n.machine, "[fd00:2::2]:0", "[fd00:2::1]:8080", ""},
+		} {
+			seen, err := nettest.Peer(tt.ns, "tcp", at(tt.from), at(tt.to), patience)
+			if reached := tt.seen != ""; (err == nil) != reached || reached && seen.Addr().String() != tt.seen {
+				t.Errorf("%s: the server sees %v, want %q: %v", tt.what, seen, tt.seen, err)
 			}
 		}
 	})

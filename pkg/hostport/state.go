@@ -42,7 +42,7 @@ func State(family rule.Family, attachments []*attachment.Attachment) *rule.State
 		},
 	}
 	if family == rule.IPv6 {
-		state.Hooks[1].Rule.Matches = append([]rule.Match{rule.Dest{Prefix: loopback6, Not: true}}, state.Hooks[1].Rule.Matches...)
+		state.Hooks[1].Rule.Matches = append([]rule.Match{rule.Source{Prefix: loopback6, Not: true}}, state.Hooks[1].Rule.Matches...)
 		return state
 	}
 	state.Chains[rule.Raw] = []rule.Chain{loopbackChain()}

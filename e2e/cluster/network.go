@@ -118,13 +118,13 @@ func (c *Cluster) makeNetwork() error {
 	return nil
 }
 
-// podsTable is the routing table of the ways to pods. What is routed between nodes never sees it: their router knows no pods.
-const podsTable = 100
+// PodsTable is the routing table of the ways to pods. What is routed between nodes never sees it: their router knows no pods.
+const PodsTable = 100
 
-// ownTraffic makes what this namespace itself sends, and nothing that it forwards, look at podsTable first.
+// ownTraffic makes what this namespace itself sends, and nothing that it forwards, look at PodsTable first.
 func ownTraffic(family string) error {
 	rule := netlink.NewRule()
-	rule.IifName, rule.Table, rule.Priority = "lo", podsTable, 100
+	rule.IifName, rule.Table, rule.Priority = "lo", PodsTable, 100
 	rule.Family = map[string]int{"4": netlink.FAMILY_V4, "6": netlink.FAMILY_V6}[family]
 	if err := netlink.RuleAdd(rule); err != nil {
 		return fmt.Errorf("make the rule for routes to pods, IPv%s: %w", family, err)
@@ -224,7 +224,7 @@ func (c *Cluster) routePods(n *Node, podCIDRs []string) error {
 			family = "6"
 		}
 		address, _ := c.nodeLink(n.number, family)
-		if err := netlink.RouteReplace(&netlink.Route{Dst: ipNet(prefix), Gw: address.Addr().AsSlice(), Table: podsTable}); err != nil {
+		if err := netlink.RouteReplace(&netlink.Route{Dst: ipNet(prefix), Gw: address.Addr().AsSlice(), Table: PodsTable}); err != nil {
 			return fmt.Errorf("route to the pods of %s, %s by %s: %w", n.Name, prefix, address.Addr(), err)
 		}
 	}

@@ -10,11 +10,13 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/postern-cni/postern/e2e/cluster"
 )
 
 // Outside is a machine outside of the cluster: a network namespace on a link of its own, whose router is where the end-to-end program
-// runs. The nodes reach everything by that router, and it knows the way to pods, so such a machine and a pod speak to each other
-// with nobody translating addresses in between.
+// runs. The nodes reach everything by that router, and it knows the way to pods for what comes from such a machine, as the router of
+// a network does that was told of the pods' ranges: machine and pod speak to each other with nobody translating addresses in between.
 type Outside struct {
 	Addresses []netip.Addr
 	name      string
@@ -39,8 +41,32 @@ func (t *T) Outside(name string, prefixes ...netip.Prefix) *Outside {
 	if err := o.connect(name, prefixes); err != nil {
 		t.Fatalf("make %s: %v", o, err)
 	}
+	for _, p := range prefixes {
+		rule := wayToPods(name, p)
+		if err := netlink.RuleAdd(rule); err != nil {
+			t.Fatalf("make the router of %s know the way to pods: %v", o, err)
+		}
+		t.Cleanup(func(context.Context) {
+			if err := netlink.RuleDel(rule); err != nil {
+				t.Errorf("remove the rule %v: %v", rule, err)
+			}
+		})
+	}
 	t.Logf("%s has %v", o, prefixes)
 	return o
+}
+
+// linkName is that of the router's end of a machine's link.
+func linkName(name string) string { return "x-" + name }
+
+// wayToPods is the router's rule for what a machine sends in the family of a prefix.
+func wayToPods(name string, prefix netip.Prefix) *netlink.Rule {
+	rule := netlink.NewRule()
+	rule.IifName, rule.Table, rule.Priority, rule.Family = linkName(name), cluster.PodsTable, 101, netlink.FAMILY_V4
+	if prefix.Addr().Is6() {
+		rule.Family = netlink.FAMILY_V6
+	}
+	return rule
 }
 
 // newNamespace makes a network namespace that lasts as long as its handle.
@@ -63,23 +89,12 @@ func newNamespace() (netns.NsHandle, error) {
 }
 
 // inside runs fn with its thread in the machine's namespace.
-func (o *Outside) inside(fn func() error) error {
-	result := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if err := netns.Set(o.ns); err != nil {
-			result <- fmt.Errorf("enter the network namespace of %s: %w", o, err)
-			return
-		}
-		result <- fn()
-	}()
-	return <-result
-}
+func (o *Outside) inside(fn func() error) error { return cluster.InNamespace(o.ns, fn) }
 
 // connect makes the link to the router, and addresses and routes at both ends.
 func (o *Outside) connect(name string, prefixes []netip.Prefix) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "x-" + name
+	attrs.Name = linkName(name)
 	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(o.ns)}
 	if err := netlink.LinkAdd(veth); err != nil {
 		return fmt.Errorf("make link %s: %w", attrs.Name, err)

@@ -241,7 +241,20 @@ func TestKustomizationsInThePagesSayWhatTheyShould(t *testing.T) {
 	}
 }
 
-var link = regexp.MustCompile(`\]\(([^)#:]+)(#[^)]*)?\)`)
+var (
+	link    = regexp.MustCompile(`\]\(([^)#:]+)#?([^):]*)\)`)
+	heading = regexp.MustCompile(`(?m)^#+ (.*)$`)
+	noSlug  = regexp.MustCompile("[^a-z0-9 _-]")
+)
+
+// anchors are those that a page's headings give, as GitHub makes them.
+func anchors(page []byte) map[string]bool {
+	all := map[string]bool{"": true}
+	for _, m := range heading.FindAllSubmatch(page, -1) {
+		all[strings.ReplaceAll(noSlug.ReplaceAllString(strings.ToLower(string(m[1])), ""), " ", "-")] = true
+	}
+	return all
+}
 
 func TestLinksToFilesLeadSomewhere(t *testing.T) {
 	for page := range pages(t) {
@@ -250,8 +263,22 @@ func TestLinksToFilesLeadSomewhere(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, m := range link.FindAllSubmatch(text, -1) {
-			if _, err := os.Stat(filepath.Join(folder, string(m[1]))); err != nil {
+			target, anchor := string(m[1]), string(m[2])
+			at := filepath.Join(folder, target)
+			info, err := os.Stat(at)
+			if err != nil {
 				t.Errorf("%s: %v", page, err)
+				continue
+			}
+			if info.IsDir() {
+				continue
+			}
+			linked, err := os.ReadFile(at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !anchors(linked)[anchor] {
+				t.Errorf("%s: %s has no heading for #%s", page, target, anchor)
 			}
 		}
 	}

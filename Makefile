@@ -20,7 +20,7 @@ PACKAGES := iptables ipset iproute2 util-linux procps
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .DEFAULT_GOAL := build
-.PHONY: build image image-root image-programs test fuzz lint demo verify verify-mutants manifests e2e e2e-up e2e-down e2e-shell e2e-program tools clean help
+.PHONY: build image image-root image-programs test fuzz lint demo verify verify-mutants manifests e2e e2e-up e2e-down e2e-shell e2e-program e2e-root tools clean help
 
 build: ## build bin/postern (the CNI plugin) and bin/policyd (the daemon), static
 	$(GOBUILD) -o bin/postern ./plugin
@@ -87,23 +87,28 @@ verify-mutants: tools ## break one line of the semantics at a time, and see that
 manifests: ## render what manifests/overlays say to the files that `kubectl apply` takes
 	go -C e2e test -count=1 ./manifests -run Rendered -update
 
+# Said before a quarter of an hour of building, and not after it.
+e2e-root:
+	@if [ "$$(id -u)" != 0 ]; then \
+		echo "make e2e: needs root, for namespaces and control groups of its own: sudo env PATH=\"\$$PATH\" make e2e"; exit 1; fi
+
 # What a run can choose, as variables of make: make e2e FAMILY=dual SUITES="networkpolicy walkthrough" FOCUS='egress'
 E2E = BACKEND=$(patsubst both,,$(BACKEND)) NODES=$(NODES) FAMILY=$(FAMILY) PROXY=$(PROXY) TUNNEL=$(TUNNEL) SUITES="$(SUITES)" \
 	FOCUS="$(FOCUS)" bin/e2e/bin/e2e
-e2e-program: tools
+e2e-program: e2e-root tools
 	@go -C e2e build -o ../bin/e2e/bin/e2e .
 	@bin/e2e/bin/e2e build
 
 e2e: e2e-program ## root: a real cluster on this machine, upstream's suites and ours, a table: NODES BACKEND FAMILY PROXY TUNNEL SUITES FOCUS
 	@$(E2E) run
 
-e2e-up: e2e-program ## bring that cluster up and leave it up, for postern to be installed
+e2e-up: e2e-program ## root: bring that cluster up and leave it up, for postern to be installed
 	@$(E2E) up
 
-e2e-down: ## take it down
+e2e-down: ## root: take it down
 	@$(E2E) down
 
-e2e-shell: ## a shell that reaches it
+e2e-shell: ## root: a shell that reaches it, with kubectl
 	@$(E2E) shell
 
 tools: ## see that iptables (both backends), ipset and iproute2 are there; as root on Debian or Ubuntu, install them
@@ -117,7 +122,8 @@ tools: ## see that iptables (both backends), ipset and iproute2 are there; as ro
 	fi
 
 clean: ## remove what the other targets built
+	@if [ -e bin/e2e/run/state.json ]; then echo "a cluster is up, and bin/e2e says how to end it: first make e2e-down"; exit 1; fi
 	rm -rf bin
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

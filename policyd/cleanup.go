@@ -96,7 +96,8 @@ func (c *cleanup) uninstall(ctx context.Context, stdout io.Writer) error {
 		case err := <-served:
 			return err
 		case <-again.C:
-			if _, err := os.Stat(c.stateDir); err != nil {
+			// An empty folder is the first thing of a pod that brings postern again, which has its plugin by now.
+			if left, err := os.ReadDir(c.stateDir); err != nil || len(left) == 0 {
 				continue
 			}
 			if err := c.everything(ctx, stdout); err != nil {

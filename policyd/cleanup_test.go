@@ -207,6 +207,20 @@ func TestUninstallWaitsForPolicydAndKeepsWatch(t *testing.T) {
 	if err := gone(); err != nil {
 		t.Error(err)
 	}
+	// Whoever installs postern again finds the uninstaller still there for a moment: kubelet has made the folder, and the container
+	// that installs has ended, when policyd is not there yet to hold its lock.
+	if err := os.MkdirAll(w.stateDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	plugin := filepath.Join(w.binDir, "postern")
+	if err := os.WriteFile(plugin, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) { // its clock ticks thrice
+		if _, err := os.Stat(plugin); err != nil {
+			t.Fatalf("the plugin that was installed anew: %v", err)
+		}
+	}
 	// What an ADD leaves that was waiting for its lock meanwhile.
 	if err := os.MkdirAll(filepath.Join(w.stateDir, "attachments"), 0o700); err != nil {
 		t.Fatal(err)

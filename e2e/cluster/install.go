@@ -109,7 +109,7 @@ func (c *Cluster) Uninstall(ctx context.Context) error {
 		{"delete", "-f", filepath.Join(c.Source, "manifests/postern.yaml"), "--ignore-not-found", "--timeout=2m"},
 		{"apply", "-f", uninstaller},
 		{"--namespace=kube-system", "rollout", "status", "daemonset/postern-uninstall", "--timeout=3m"},
-		{"delete", "-f", uninstaller, "--timeout=2m"},
+		{"delete", "-f", uninstaller, "--cascade=foreground", "--timeout=2m"},
 	} {
 		if _, err := c.Kubectl(ctx, args...); err != nil {
 			return err

@@ -49,9 +49,29 @@ func (s *Store) Lock(ctx context.Context, what Lockable) (*Lock, error) {
 	return LockFile(ctx, filepath.Join(s.stateDir, "locks", what.file), what.exclusive)
 }
 
-// LockFile waits for a lock on a file until ctx ends; file and folder are made where they are missing. The file is never
-// removed: a second process could then lock a new one of the same name.
+// LockFile waits for a lock on a file until ctx ends; file and folder are made where they are missing. Only an uninstall removes
+// the file, and it holds the lock: who has waited for that locks the file that is there then, as everybody who comes after it.
 func LockFile(ctx context.Context, path string, exclusive bool) (*Lock, error) {
+	for {
+		l, err := lockOnce(ctx, path, exclusive)
+		if err != nil || l.isAt(path) {
+			return l, err
+		}
+		l.Release()
+	}
+}
+
+// isAt reports whether the locked file still has its name.
+func (l *Lock) isAt(path string) bool {
+	locked, err := l.file.Stat()
+	if err != nil {
+		return true // nothing better is known
+	}
+	there, err := os.Stat(path)
+	return err == nil && os.SameFile(locked, there) || err != nil && !errors.Is(err, fs.ErrNotExist)
+}
+
+func lockOnce(ctx context.Context, path string, exclusive bool) (*Lock, error) {
 	f, err := openLock(path)
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", path, err)

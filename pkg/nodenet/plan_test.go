@@ -101,7 +101,6 @@ func TestThePlanFollowsFromTheNodes(t *testing.T) {
 	}
 }
 
-// The same nodes give the same rules, in whatever order they have come to be known; the API's lists are sorted.
 func TestANodeWithoutAFamilyThatPodsMustHaveIsNotReady(t *testing.T) {
 	both := []rule.Family{rule.IPv4, rule.IPv6}
 	for _, tt := range []struct {
@@ -134,6 +133,7 @@ func TestANodeWithoutAFamilyThatPodsMustHaveIsNotReady(t *testing.T) {
 	}
 }
 
+// The same nodes give the same rules, in whatever order they have come to be known; the API's lists are sorted.
 func TestRulesAreForPodsThatLeaveTheCluster(t *testing.T) {
 	me := nodeOf("me", "192.0.2.1", "10.1.0.0/24")
 	facts := nodenet.Facts{Uplinks: map[netip.Addr]nodenet.Uplink{me.Addresses[0]: {Index: 2, MTU: 1500}},

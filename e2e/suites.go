@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -73,7 +74,11 @@ func (e env) suites(ctx context.Context, _ []string) (err error) {
 		}
 	}
 	c, openErr := cluster.Open(e.dir, e.source, e.say)
-	if openErr != nil {
+	if openErr == nil {
+		if err := usable(c); err != nil {
+			return err
+		}
+	} else {
 		if c, err = e.up(ctx); err != nil {
 			return err
 		}
@@ -109,4 +114,26 @@ func (e env) suites(ctx context.Context, _ []string) (err error) {
 		return errors.New("FOCUS selects nothing")
 	}
 	return nil
+}
+
+// usable says why a cluster that is noted as up is not what the environment asks for.
+func usable(c *cluster.Cluster) error {
+	if !c.Running() {
+		return errors.New("a cluster was up, and some of it has ended since: take the rest down with `make e2e-down`")
+	}
+	return differs(c.Config, os.Getenv)
+}
+
+// differs says which variables ask for another cluster than there is. One that is not set asks for nothing.
+func differs(c cluster.Config, getenv func(string) string) error {
+	var errs []error
+	for _, have := range []struct{ variable, value string }{
+		{"NODES", strconv.Itoa(c.Nodes)}, {"BACKEND", c.Backend}, {"FAMILY", c.Family}, {"PROXY", c.Proxy}, {"TUNNEL", c.Tunnel},
+	} {
+		if wanted := getenv(have.variable); wanted != "" && wanted != have.value {
+			errs = append(errs, fmt.Errorf("the cluster that is up has %s=%s, not %s: take it down first with `make e2e-down`",
+				have.variable, have.value, wanted))
+		}
+	}
+	return errors.Join(errs...)
 }

@@ -132,7 +132,7 @@ func (c *Cluster) Down() error {
 	for _, p := range slices.Backward(c.state.Processes) {
 		errs = append(errs, p.stop(syscall.SIGKILL))
 	}
-	errs = append(errs, removeCgroups(c.state.Cgroups))
+	errs = append(errs, removeCgroups(c.state.Cgroups), c.keepPodLogs())
 	for _, name := range namespaces() {
 		errs = append(errs, removeNamespace(name))
 	}
@@ -140,6 +140,23 @@ func (c *Cluster) Down() error {
 		errs = append(errs, os.RemoveAll(dir))
 	}
 	return errors.Join(errs...)
+}
+
+// keepPodLogs moves what the pods that were there at the end have printed, policyd's among them, to the other logs.
+func (c *Cluster) keepPodLogs() error {
+	var errs []error
+	for _, n := range c.Nodes {
+		kept := c.path("log", n.Name+"-pods")
+		if err := os.Rename(c.path("nodes", n.Name, "folders/var/log/pods"), kept); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("keep the logs of pods of %s: %w", n.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Running says whether everything that was started still runs.
+func (c *Cluster) Running() bool {
+	return len(c.state.Processes) > 0 && !slices.ContainsFunc(c.state.Processes, func(p process) bool { return !p.running() })
 }
 
 // Node finds a node by name.

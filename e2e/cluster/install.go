@@ -124,6 +124,9 @@ func (n *Node) files(ctx context.Context) (string, error) {
 	return n.Run(ctx, "find", "/etc", "/opt", "-not", "-type", "d", "-not", "-path", "/etc/kubernetes/*")
 }
 
+// KernelTraces are what each line of Traces about the kernel begins with. All are there while postern is.
+var KernelTraces = []string{"chains and rules", "sets", "links", "routes"}
+
 // Traces looks for what postern leaves on a node: nothing, after Uninstall.
 func (n *Node) Traces(ctx context.Context) ([]string, error) {
 	var found []string

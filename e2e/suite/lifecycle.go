@@ -13,22 +13,34 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/postern-cni/postern/e2e/cluster"
 )
 
 // Own are the cases of a cluster's life: what goes away, comes back, is replaced or starts by the hundred.
 func Own() []Case {
 	return []Case{
-		{Name: "a restart of policyd, during which no pod goes NotReady", Run: restart},
-		{Name: "an upgrade of the DaemonSet and a rollback, under traffic", Run: upgrade},
-		{Name: "pods that start while policyd is down", Run: policydDown},
-		{Name: "the API server away for a minute, while policies hold", Run: apiServerAway},
-		{Name: "a node that reboots", Run: reboot},
-		{Name: "a static pod on the pod network", Run: staticPod},
-		{Name: "a pod's sandbox made again under the same pod", Run: sandbox},
-		{Name: "a hundred pods on a node at once", Run: hundred},
+		{Name: "a restart of policyd, during which no pod goes NotReady", Run: twoNodes(restart)},
+		{Name: "an upgrade of the DaemonSet and a rollback, under traffic", Run: twoNodes(upgrade)},
+		{Name: "pods that start while policyd is down", Run: twoNodes(policydDown)},
+		{Name: "the API server away for a minute, while policies hold", Run: twoNodes(apiServerAway)},
+		{Name: "a node that reboots", Run: twoNodes(reboot)},
+		{Name: "a static pod on the pod network", Run: twoNodes(staticPod)},
+		{Name: "a pod's sandbox made again under the same pod", Run: twoNodes(sandbox)},
+		{Name: "a hundred pods on a node at once", Run: twoNodes(hundred)},
 		{Name: "no connection to 300 closed pods from their first instant", Run: firstInstant, Limit: 15 * time.Minute},
 		// The last: it takes everything away, and installs it again.
-		{Name: "uninstall leaves nothing, and the one rendered file installs", Run: uninstall, Limit: 12 * time.Minute},
+		{Name: "uninstall leaves nothing, and the one rendered file installs", Run: twoNodes(uninstall), Limit: 12 * time.Minute},
+	}
+}
+
+// twoNodes skips a case where there is but one node.
+func twoNodes(run func(context.Context, *T)) func(context.Context, *T) {
+	return func(ctx context.Context, t *T) {
+		if len(t.Cluster.Nodes) < 2 {
+			t.Skipf("needs two nodes, and this cluster has one")
+		}
+		run(ctx, t)
 	}
 }
 
@@ -92,11 +104,19 @@ func (t *T) watchReady(ctx context.Context) (stop func(), unready <-chan []strin
 		}
 		for {
 			select {
-			case event := <-pods.ResultChan():
+			case event, open := <-pods.ResultChan():
+				if !open && ctx.Err() == nil {
+					result <- append(said, "nobody knows: the watch of pods has ended")
+					return
+				}
 				if p, ok := event.Object.(*corev1.Pod); ok && p.DeletionTimestamp == nil {
 					see("pod "+p.Namespace+"/"+p.Name, podReady(p))
 				}
-			case event := <-nodes.ResultChan():
+			case event, open := <-nodes.ResultChan():
+				if !open && ctx.Err() == nil {
+					result <- append(said, "nobody knows: the watch of nodes has ended")
+					return
+				}
 				if n, ok := event.Object.(*corev1.Node); ok {
 					see("node "+n.Name, slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
 						return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
@@ -379,9 +399,17 @@ const readyWithin = time.Minute
 // uninstall does what manifests/README.md says, looks for traces, and installs again with the one rendered file.
 func uninstall(ctx context.Context, t *T) {
 	s := t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1]) // so that there was something to leave behind
+	var present []string
 	for _, n := range t.Cluster.Nodes {
-		if traces, err := n.Traces(ctx); err != nil || len(traces) < 10 {
+		traces, err := n.Traces(ctx)
+		if err != nil || len(traces) < 10 {
 			t.Fatalf("while postern is installed, %s has %d traces of it: the search is wrong (%v)", n.Name, len(traces), err)
+		}
+		present = append(present, traces...)
+	}
+	for _, kind := range cluster.KernelTraces {
+		if !slices.ContainsFunc(present, func(trace string) bool { return strings.HasPrefix(trace, kind+": ") }) {
+			t.Fatalf("while postern is installed, the search finds no %s of it anywhere: it is wrong", kind)
 		}
 	}
 	// Pods on the pod network go first: the runtime cannot take them off a network that is no longer there.

@@ -74,7 +74,11 @@ func (t *T) probe(handle netns.NsHandle, every time.Duration, places ...netip.Ad
 		defer handle.Close()
 		p.done <- cluster.InNamespace(handle, p.loop)
 	}()
-	t.Cleanup(func(context.Context) { p.end() })
+	t.Cleanup(func(context.Context) {
+		if err := p.end(); err != nil { // it tried nothing after that, whatever its tallies say
+			t.Errorf("probe: %v", err)
+		}
+	})
 	return p
 }
 

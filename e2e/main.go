@@ -1,5 +1,5 @@
-// Command e2e brings up a Kubernetes cluster of namespaces on this machine, installs postern in it as a user would, and runs suites
-// against it.
+// Command e2e brings up a Kubernetes cluster of namespaces on this machine, installs postern in it as a user would, and runs
+// suites against it.
 //
 //	e2e build      build what the cluster needs
 //	e2e up         bring a cluster up, whose nodes wait for postern to be installed
@@ -9,8 +9,8 @@
 //	e2e run        up, install, all suites, a table, down; a cluster that is up is used, and left up
 //	e2e down       take it down
 //
-// The environment chooses: NODES, BACKEND, FAMILY, PROXY, TUNNEL for the cluster (see cluster.Config), SUITES, a list of names, and FOCUS, a
-// regular expression for "suite: case", for what is run. Everything made is in bin/e2e, logs in bin/e2e/log.
+// The environment chooses: NODES, BACKEND, FAMILY, PROXY, TUNNEL for the cluster (see cluster.Config), SUITES, a list of names,
+// and FOCUS, a regular expression for "suite: case", for what is run. Everything made is in bin/e2e, logs in bin/e2e/log.
 package main
 
 import (

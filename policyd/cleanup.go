@@ -34,7 +34,8 @@ func cleanupCommand(ctx context.Context, flags *flag.FlagSet, args []string, std
 	flags.BoolVar(&c.force, "force", false, "also while policyd is running, which writes everything anew")
 	flags.BoolVar(&c.all, "all", false, "uninstall: first wait for policyd's end, then remove pods' links, state and files too;\n"+
 		"pods that are still there are cut off")
-	flags.StringVar(&c.conf, "cni-conf", defaultConflist, "with --all: the `file` that policyd has written for the container runtime")
+	flags.StringVar(&c.conf, "cni-conf", defaultConflist, "with --all: the `file` that policyd has written for the container "+
+		"runtime")
 	flags.StringVar(&c.binDir, "cni-bin-dir", defaultBinDir, "with --all: the `folder` in which plugins were installed")
 	flags.StringVar(&c.listen, "listen", "", "with --all: when done, stay, and say so at /readyz of this `address`")
 	check := func() (problems []string) {

@@ -64,14 +64,15 @@ func installed(t *testing.T, backend string) (w *wholeNode, root string) {
 		}
 	}
 	w = wholeNodes(t, backend, manifests, 1, "--tunnel=always")[0]
-	w.ns.Run(t, nettest.Build(t, "policyd"), "install", "--root", root, "--cni-bin-dir", w.binDir, "--cni-plugin", nettest.Build(t, "plugin"),
-		"--loopback", nettest.Build(t, "plugin"))
+	w.ns.Run(t, nettest.Build(t, "policyd"), "install", "--root", root, "--cni-bin-dir", w.binDir,
+		"--cni-plugin", nettest.Build(t, "plugin"), "--loopback", nettest.Build(t, "plugin"))
 	return w, root
 }
 
 // uninstall returns the command that takes everything off the node.
 func (w *wholeNode) uninstall(root string) []string {
-	return []string{"cleanup", "--all", "--root", root, "--state-dir", w.stateDir, "--cni-conf", w.conflist, "--cni-bin-dir", w.binDir}
+	return []string{"cleanup", "--all", "--root", root, "--state-dir", w.stateDir, "--cni-conf", w.conflist,
+		"--cni-bin-dir", w.binDir}
 }
 
 // everything lists what a node's kernel and folders hold.
@@ -118,7 +119,8 @@ func TestUninstallLeavesNothingOfOursAndEverythingOfOthers(t *testing.T) {
 		iptables := "iptables-" + backend
 		theirs := [][]string{{iptables, "-N", "THEIRS"}, {iptables, "-A", "FORWARD", "-j", "THEIRS"},
 			{iptables, "-t", "mangle", "-A", "FORWARD", "-s", "192.0.2.7", "-j", "ACCEPT"}, {"ipset", "create", "theirs", "hash:ip"},
-			{"ip", "route", "add", "10.244.9.0/24", "via", "10.0.1.1"}, {"ip", "link", "add", "theirs0", "type", "veth", "peer", "theirs1"}}
+			{"ip", "route", "add", "10.244.9.0/24", "via", "10.0.1.1"},
+			{"ip", "link", "add", "theirs0", "type", "veth", "peer", "theirs1"}}
 		for _, command := range theirs {
 			w.ns.Run(t, command[0], command[1:]...)
 		}
@@ -163,7 +165,8 @@ func TestUninstallWaitsForPolicydAndKeepsWatch(t *testing.T) {
 		}
 		return string(text)
 	}
-	cmd := w.ns.Command(context.Background(), nettest.Build(t, "policyd"), append(w.uninstall(root), "--listen", "127.0.0.1:9479")...)
+	cmd := w.ns.Command(context.Background(), nettest.Build(t, "policyd"),
+		append(w.uninstall(root), "--listen", "127.0.0.1:9479")...)
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

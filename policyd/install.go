@@ -34,8 +34,8 @@ func ourLinks() nodefiles.Links {
 func installCommand(_ context.Context, flags *flag.FlagSet, args []string, stdout io.Writer) error {
 	root := rootFlag(flags)
 	binDir := flags.String("cni-bin-dir", defaultBinDir, "`folder` of the node where the container runtime looks for plugins")
-	plugin := flags.String("cni-plugin", filepath.Join(defaultBinDir, nodefiles.Plugin), "the plugin's program, a `file` to install; "+
-		"empty for none")
+	plugin := flags.String("cni-plugin", filepath.Join(defaultBinDir, nodefiles.Plugin), "the plugin's program, a `file` to "+
+		"install; empty for none")
 	loopback := flags.String("loopback", filepath.Join(defaultBinDir, "loopback"), "the CNI project's loopback plugin, a `file` to "+
 		"install where the node\nhas none; empty for none")
 	if err := parse(flags, args, noCheck); err != nil {

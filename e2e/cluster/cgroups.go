@@ -19,8 +19,8 @@ type hierarchy struct {
 	Own     string // this program's group in it
 }
 
-// hierarchies are those that this program is in. Where both versions are mounted, those of version 1 have the controllers, and that of
-// version 2 is left alone.
+// hierarchies are those that this program is in. Where both versions are mounted, those of version 1 have the controllers, and
+// that of version 2 is left alone.
 func hierarchies() ([]hierarchy, error) {
 	data, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -121,7 +121,8 @@ func joinCgroups(groups []string) error {
 	return nil
 }
 
-// removeCgroups removes groups and those under them. The kernel takes some time to empty a group after its last process has ended.
+// removeCgroups removes groups and those under them. The kernel takes some time to empty a group after its last process has
+// ended.
 func removeCgroups(groups []string) error {
 	var errs []error
 	for _, group := range groups {

@@ -178,8 +178,9 @@ func (c *Cluster) NodesReady(ctx context.Context, limit time.Duration) error {
 		}
 		var missing []string
 		for _, n := range nodes.Items {
-			if i := slices.IndexFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == corev1.NodeReady }); i < 0 ||
-				n.Status.Conditions[i].Status != corev1.ConditionTrue {
+			if !slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
+				return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+			}) {
 				missing = append(missing, n.Name)
 			}
 		}

@@ -38,15 +38,18 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	if err := c.StartAPIServer(ctx); err != nil {
 		return err
 	}
-	if _, err := c.spawn("kube-controller-manager", append([]string{c.program("kube-controller-manager"), "--kubeconfig=" + c.Kubeconfig("controller-manager"),
+	if _, err := c.spawn("kube-controller-manager", append([]string{
+		c.program("kube-controller-manager"), "--kubeconfig=" + c.Kubeconfig("controller-manager"),
 		"--leader-elect=false", "--use-service-account-credentials",
 		"--service-account-private-key-file=" + c.path("run", "service-accounts.key"), "--root-ca-file=" + c.path("run", "ca.crt"),
 		"--cluster-signing-cert-file=" + c.path("run", "ca.crt"), "--cluster-signing-key-file=" + c.path("run", "ca.key"),
 		"--allocate-node-cidrs", "--cluster-cidr=" + c.each(func(f string) string { return networks[f].pods }),
-		"--service-cluster-ip-range=" + c.services()}, c.nodeMasks()...)...); err != nil {
+		"--service-cluster-ip-range=" + c.services(),
+	}, c.nodeMasks()...)...); err != nil {
 		return err
 	}
-	_, err := c.spawn("kube-scheduler", c.program("kube-scheduler"), "--kubeconfig="+c.Kubeconfig("scheduler"), "--leader-elect=false")
+	_, err := c.spawn("kube-scheduler", c.program("kube-scheduler"), "--kubeconfig="+c.Kubeconfig("scheduler"),
+		"--leader-elect=false")
 	return err
 }
 

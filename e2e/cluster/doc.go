@@ -15,6 +15,6 @@
 //
 // The control plane runs in a network namespace named postern-e2e, each node in network, mount, PID, UTS, IPC and cgroup
 // namespaces of its own with a /run, /etc, /opt and /var of its own. Callers must run in the network namespace postern-e2e
-// (Enter), where nodes, pods and the API server are reached by their addresses. The machine's own namespace, its files outside of the
-// cluster's folder, and its kernel-wide settings stay as they are.
+// (Enter), where nodes, pods and the API server are reached by their addresses. The machine's own namespace, its files outside of
+// the cluster's folder, and its kernel-wide settings stay as they are.
 package cluster

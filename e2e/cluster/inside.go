@@ -58,7 +58,8 @@ func mount(what, where, kind string, flags uintptr, options string) error {
 	return nil
 }
 
-// mountKernel mounts the kernel's file systems for the node's namespaces, and the control groups with the node's own for their roots.
+// mountKernel mounts the kernel's file systems for the node's namespaces, and the control groups with the node's own for their
+// roots.
 func (c insideConfig) mountKernel() error {
 	if err := unix.Sethostname([]byte(c.Name)); err != nil {
 		return fmt.Errorf("set the host's name: %w", err)
@@ -251,10 +252,10 @@ func (c insideConfig) start(name string, argv ...string) (pid int, err error) {
 }
 
 func (c insideConfig) startRuntime() error {
-	if _, err := c.start("containerd", filepath.Join(c.Dir, "debian/usr/bin/containerd"), "--config", "/run/containerd.toml"); err != nil {
+	_, err := c.start("containerd", filepath.Join(c.Dir, "debian/usr/bin/containerd"), "--config", "/run/containerd.toml")
+	if err != nil {
 		return err
 	}
-	var err error
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		if err = c.ctr("version"); err == nil {
 			return nil
@@ -299,7 +300,8 @@ func (c insideConfig) startKubelet() error {
 		addresses = append(addresses, a.String())
 	}
 	_, err := c.start("kubelet", filepath.Join(c.Dir, "bin/kubelet"), "--config="+c.kubernetesConfig("-kubelet.yaml"),
-		"--kubeconfig="+c.kubernetesConfig(".kubeconfig"), "--hostname-override="+c.Name, "--node-ip="+strings.Join(addresses, ","), "--v=2")
+		"--kubeconfig="+c.kubernetesConfig(".kubeconfig"), "--hostname-override="+c.Name,
+		"--node-ip="+strings.Join(addresses, ","), "--v=2")
 	return err
 }
 

@@ -134,7 +134,8 @@ func (n *Node) Traces(ctx context.Context) ([]string, error) {
 		what    string
 		command string // prints a line for each trace
 	}{
-		{"chains and rules", `for save in ip{,6}tables-{nft,legacy}-save; do $save 2>/dev/null | grep -iE 'postern|pst' | sed "s/^/$save: /"; done`},
+		{"chains and rules", `for save in ip{,6}tables-{nft,legacy}-save; do
+			$save 2>/dev/null | grep -iE 'postern|pst' | sed "s/^/$save: /"; done`},
 		{"sets", `ipset list -name | grep -iE '^(pst|postern)'`},
 		{"links", `ip -oneline link show | grep -E ' (pst|psx|postern)'`},
 		{"routes", `ip -4 route show table all proto 112; ip -6 route show table all proto 112`},

@@ -211,8 +211,8 @@ func (n *Node) configureLinks() error {
 	return nil
 }
 
-// routePods makes the control plane's namespace reach the pods of each node by that node, for the API server connects to pods when it
-// is asked to be their proxy.
+// routePods makes the control plane's namespace reach the pods of each node by that node, for the API server connects to pods
+// when it is asked to be their proxy.
 func (c *Cluster) routePods(n *Node, podCIDRs []string) error {
 	for _, cidr := range podCIDRs {
 		prefix, err := netip.ParsePrefix(cidr)

@@ -48,7 +48,8 @@ func (n *Node) namespace() string { return Namespace + "-" + n.Name }
 // file is one of the node's in the cluster's run folder.
 func (n *Node) file(suffix string) string { return n.cluster.path("run", n.Name+suffix) }
 
-// Start makes the node's namespaces and starts what runs on it. Its files are as it left them, or empty the first time; /run is empty.
+// Start makes the node's namespaces and starts what runs on it. Its files are as it left them, or empty the first time; /run is
+// empty.
 func (n *Node) Start(ctx context.Context) error {
 	if err := n.makeNetwork(); err != nil {
 		return err
@@ -215,8 +216,8 @@ nftables: {minSyncPeriod: 1s, syncPeriod: 30s}
 `)
 }
 
-// RunNode is the program that stands for a node's power: it enters the node's network namespace and control groups, and starts the
-// node's first process in namespaces of its own, which ends with it. It returns when that has ended.
+// RunNode is the program that stands for a node's power: it enters the node's network namespace and control groups, and starts
+// the node's first process in namespaces of its own, which ends with it. It returns when that has ended.
 func RunNode(file string) error {
 	config, err := readInside(file)
 	if err != nil {

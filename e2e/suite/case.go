@@ -31,8 +31,8 @@ const (
 	grace = 30 * time.Second
 )
 
-// T is what a case works with, in the manner of testing.T. Fatalf, Skipf and the helpers that fail end the case and must be called in
-// its own goroutine; Logf and Errorf may be called in any.
+// T is what a case works with, in the manner of testing.T. Fatalf, Skipf and the helpers that fail end the case and must be
+// called in its own goroutine; Logf and Errorf may be called in any.
 type T struct {
 	Cluster *cluster.Cluster
 

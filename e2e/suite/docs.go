@@ -13,8 +13,8 @@ import (
 // manifestsFolder is where the pages and what they apply are in the source tree.
 const manifestsFolder = "manifests"
 
-// Docs is the documentation: each page followed from its beginning to its end, and the commands that are for other machines taken by
-// the programs they are for.
+// Docs is the documentation: each page followed from its beginning to its end, and the commands that are for other machines taken
+// by the programs they are for.
 func Docs() []Case {
 	return []Case{
 		{Name: "kind.md, followed as far as the cluster allows", Run: page("kind.md")},
@@ -60,8 +60,8 @@ func page(name string) func(context.Context, *T) {
 // installs are the commands that install postern in the pages.
 var installs = []string{"kubectl apply -f manifests/postern.yaml", "kubectl apply -k manifests/overlays/kind"}
 
-// here is a step as this cluster needs it. What installs postern on another kind of cluster is only tried, for the API server to check
-// it, and what this cluster was installed from is applied. Names of nodes and the kubeconfig are this cluster's.
+// here is a step as this cluster needs it. What installs postern on another kind of cluster is only tried, for the API server to
+// check it, and what this cluster was installed from is applied. Names of nodes and the kubeconfig are this cluster's.
 func (t *T) here(step docs.Step) []docs.Step {
 	last := t.Cluster.Nodes[len(t.Cluster.Nodes)-1].Name
 	step.Command = strings.NewReplacer("worker-1", last, "~/.kube/config", `"$KUBECONFIG"`).Replace(step.Command)
@@ -111,7 +111,8 @@ func (t *T) checked(prefix string) map[string][]string {
 	return all
 }
 
-// kubeadm makes the pages' control planes on a node, up to where it would begin to change something, and reads the other commands.
+// kubeadm makes the pages' control planes on a node, up to where it would begin to change something, and reads the other
+// commands.
 func kubeadm(ctx context.Context, t *T) {
 	if t.Cluster.Family == "ipv6" {
 		t.Skipf("the pages' ranges are of IPv4 or of both families, and kubeadm refuses them on nodes that have IPv6 alone")

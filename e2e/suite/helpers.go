@@ -255,8 +255,8 @@ func (t *T) policyd(ctx context.Context) []corev1.Pod {
 	})
 }
 
-// Eventually asks again and again until the answer is nil, and returns how long that took. At the limit the case ends with the last
-// answer. What is asked about must be allowed to take time; what must hold at once is asked once.
+// Eventually asks again and again until the answer is nil, and returns how long that took. At the limit the case ends with the
+// last answer. What is asked about must be allowed to take time; what must hold at once is asked once.
 func (t *T) Eventually(ctx context.Context, limit time.Duration, what string, ask func(context.Context) error) time.Duration {
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, limit)
@@ -289,7 +289,8 @@ func (t *T) describe(ctx context.Context) {
 		{"get", "nodes,pods,services", "--all-namespaces", "-o", "wide"},
 		{"get", "networkpolicies", "--all-namespaces", "-o", "yaml"},
 		{"get", "events", "--all-namespaces", "--sort-by=.metadata.creationTimestamp"},
-		{"logs", "-n", "kube-system", "-l", "app.kubernetes.io/name=postern", "--all-containers", "--prefix", "--since=10m", "--tail=200"},
+		{"logs", "-n", "kube-system", "-l", "app.kubernetes.io/name=postern", "--all-containers", "--prefix", "--since=10m",
+			"--tail=200"},
 	} {
 		out, err := t.Cluster.Kubectl(ctx, args...)
 		t.Logf("$ kubectl %s\n%s", strings.Join(args, " "), out)

@@ -33,8 +33,8 @@ type junitFailure struct {
 }
 
 // ReadJUnit returns a suite's results from the JUnit file of a ginkgo run. Of the specs that ginkgo lists as skipped, only those
-// count that said why: the others were not selected, and upstream's suite has thousands. Of what runs before and after specs, only
-// what failed counts.
+// count that said why: the others were not selected, and upstream's suite has thousands. Of what runs before and after specs,
+// only what failed counts.
 func ReadJUnit(suite string, from io.Reader) ([]Result, error) {
 	var report junit
 	if err := xml.NewDecoder(from).Decode(&report); err != nil {

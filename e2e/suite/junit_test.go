@@ -23,13 +23,17 @@ const report = `<?xml version="1.0" encoding="UTF-8"?>
 within a minute
 In [It] at: k8s.io/kubernetes/test/e2e/network/x.go:10 @ 01/02/26 03:04:05.678
 </failure></testcase>
-  <testcase name="[It] [sig-network] full" status="failed" time="3"><failure message="it said so" type="failed">stack</failure></testcase>
+  <testcase name="[It] [sig-network] full" status="failed" time="3">
+    <failure message="it said so" type="failed">stack</failure></testcase>
   <testcase name="[It] [sig-network] slow" status="timedout" time="3">
    <failure message="" type="timedout">[TIMEDOUT] A suite timeout occurred
 In [It] at: x.go:10 @ 01/02/26</failure></testcase>
-  <testcase name="[It] [sig-network] crash" status="panicked" time="3"><error message="nil map" type="panicked">stack</error></testcase>
-  <testcase name="[It] [sig-network] stopped" status="interrupted" time="3"><error message="" type="interrupted"></error></testcase>
-  <testcase name="[SynchronizedAfterSuite]" status="failed" time="1"><failure message="cannot end" type="failed"></failure></testcase>
+  <testcase name="[It] [sig-network] crash" status="panicked" time="3">
+    <error message="nil map" type="panicked">stack</error></testcase>
+  <testcase name="[It] [sig-network] stopped" status="interrupted" time="3">
+    <error message="" type="interrupted"></error></testcase>
+  <testcase name="[SynchronizedAfterSuite]" status="failed" time="1">
+    <failure message="cannot end" type="failed"></failure></testcase>
  </testsuite>
 </testsuites>`
 

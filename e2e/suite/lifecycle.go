@@ -133,7 +133,8 @@ func (t *T) watchReady(ctx context.Context) (stop func(), unready <-chan []strin
 
 // upgrade gives the DaemonSet an image of another name, and takes that back.
 func upgrade(ctx context.Context, t *T) {
-	current := t.Kubectl(ctx, "--namespace=kube-system", "get", daemonSet, "--output=jsonpath={.spec.template.spec.containers[0].image}")
+	current := t.Kubectl(ctx, "--namespace=kube-system", "get", daemonSet,
+		"--output=jsonpath={.spec.template.spec.containers[0].image}")
 	next := current + "-next"
 	for _, n := range t.Cluster.Nodes {
 		if _, err := n.Run(ctx, "ctr", "--namespace=k8s.io", "images", "tag", "--force", current, next); err != nil {
@@ -215,8 +216,8 @@ func (t *T) onlyWhere(ctx context.Context, label, butOn string) {
 
 func (t *T) patchSelector(ctx context.Context, label, value string) {
 	patch := fmt.Sprintf(`{"spec":{"template":{"spec":{"nodeSelector":{%q:%s}}}}}`, label, value)
-	if _, err := t.Cluster.Client.AppsV1().DaemonSets("kube-system").Patch(ctx, "postern", types.StrategicMergePatchType, []byte(patch),
-		metav1.PatchOptions{}); err != nil {
+	if _, err := t.Cluster.Client.AppsV1().DaemonSets("kube-system").Patch(ctx, "postern", types.StrategicMergePatchType,
+		[]byte(patch), metav1.PatchOptions{}); err != nil {
 		t.Fatalf("choose the nodes of policyd: %v", err)
 	}
 }
@@ -374,8 +375,8 @@ func (t *T) none(prober *Prober, pod *Pod) {
 	}
 }
 
-// podRange are all addresses that a node may give its pods by IPAM's rule, the lowest first, as places to try; of an IPv6 range, the
-// lowest few hundred.
+// podRange are all addresses that a node may give its pods by IPAM's rule, the lowest first, as places to try; of an IPv6 range,
+// the lowest few hundred.
 func (t *T) podRange(ctx context.Context, node string) []netip.AddrPort {
 	object, err := t.Cluster.Client.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{})
 	if err != nil {

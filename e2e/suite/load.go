@@ -160,7 +160,8 @@ func firstInstant(ctx context.Context, t *T) {
 
 // opens shows that the probers would have seen a connection: without the policy, they reach every pod.
 func (t *T) opens(ctx context.Context, namespace string, pods []*Pod, probers []*Prober) {
-	if err := t.Cluster.Client.NetworkingV1().NetworkPolicies(namespace).Delete(ctx, "deny-all", metav1.DeleteOptions{}); err != nil {
+	policies := t.Cluster.Client.NetworkingV1().NetworkPolicies(namespace)
+	if err := policies.Delete(ctx, "deny-all", metav1.DeleteOptions{}); err != nil {
 		t.Fatalf("delete the policy: %v", err)
 	}
 	t.Eventually(ctx, time.Minute, "every pod is reached without the policy", func(context.Context) error {

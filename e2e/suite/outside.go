@@ -14,9 +14,10 @@ import (
 	"github.com/postern-cni/postern/e2e/cluster"
 )
 
-// Outside is a machine outside of the cluster: a network namespace on a link of its own, whose router is where the end-to-end program
-// runs. The nodes reach everything by that router, and it knows the way to pods for what comes from such a machine, as the router of
-// a network does that was told of the pods' ranges: machine and pod speak to each other with nobody translating addresses in between.
+// Outside is a machine outside of the cluster: a network namespace on a link of its own, whose router is where the end-to-end
+// program runs. The nodes reach everything by that router, and it knows the way to pods for what comes from such a machine, as
+// the router of a network does that was told of the pods' ranges: machine and pod speak to each other with nobody translating
+// addresses in between.
 type Outside struct {
 	Addresses []netip.Addr
 	name      string
@@ -25,8 +26,8 @@ type Outside struct {
 
 func (o *Outside) String() string { return o.name }
 
-// Outside makes a machine with the given addresses, which have the length of their networks, and removes it when the case has ended.
-// The router's address is the network's first.
+// Outside makes a machine with the given addresses, which have the length of their networks, and removes it when the case has
+// ended. The router's address is the network's first.
 func (t *T) Outside(name string, prefixes ...netip.Prefix) *Outside {
 	o := &Outside{name: fmt.Sprintf("%s outside", name)}
 	for _, p := range prefixes {

@@ -37,8 +37,8 @@ func (t Tally) String() string {
 	return fmt.Sprintf("%d tried, %d connected, %d refused", t.Tried, t.Connected, t.Refused)
 }
 
-// Prober tries to open TCP connections again and again, from one network namespace to any number of places. An attempt is one SYN:
-// it is given up before the kernel sends a second one, and a new one is made at each step whatever became of those before.
+// Prober tries to open TCP connections again and again, from one network namespace to any number of places. An attempt is one
+// SYN: it is given up before the kernel sends a second one, and a new one is made at each step whatever became of those before.
 type Prober struct {
 	every, wait time.Duration
 	mu          sync.Mutex

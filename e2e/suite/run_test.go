@@ -25,7 +25,11 @@ func TestACaseTakesNothingWithIt(t *testing.T) {
 	cases := []Case{
 		{Name: "passes", Run: func(context.Context, *T) {}},
 		{Name: "panics", Run: func(_ context.Context, t *T) { clean(t, "of a panic"); panic("on purpose") }},
-		{Name: "fails at once", Run: func(_ context.Context, t *T) { clean(t, "of a failure"); t.Fatalf("no %d", 1); panic("not here") }},
+		{Name: "fails at once", Run: func(_ context.Context, t *T) {
+			clean(t, "of a failure")
+			t.Fatalf("no %d", 1)
+			panic("not here")
+		}},
 		{Name: "fails twice", Run: func(_ context.Context, t *T) { t.Errorf("first"); t.Errorf("second") }},
 		{Name: "skipped", Run: func(_ context.Context, t *T) { clean(t, "of a skip"); t.Skipf("no SCTP sockets"); panic("not here") }},
 		{Name: "skipped after a failure", Run: func(_ context.Context, t *T) { t.Errorf("wrong"); t.Skipf("too late") }},

@@ -65,8 +65,8 @@ func (t *T) policy(ctx context.Context, namespace string, policy *networkingv1.N
 	}
 }
 
-// scene is a server that admits its friend and nobody else. Friend and stranger are on the other node, so that what happens on the
-// server's node alone decides.
+// scene is a server that admits its friend and nobody else. Friend and stranger are on the other node, so that what happens on
+// the server's node alone decides.
 type scene struct {
 	namespace                string
 	server, friend, stranger *Pod
@@ -81,7 +81,8 @@ func (t *T) Scene(ctx context.Context, on, from *cluster.Node) scene {
 		t.StartPod(ctx, s.namespace, client, from, map[string]string{"app": client}, "pause")
 	}
 	t.Ready(ctx, s.namespace)
-	s.server, s.friend, s.stranger = t.Pod(ctx, s.namespace, "server"), t.Pod(ctx, s.namespace, "friend"), t.Pod(ctx, s.namespace, "stranger")
+	s.server, s.friend = t.Pod(ctx, s.namespace, "server"), t.Pod(ctx, s.namespace, "friend")
+	s.stranger = t.Pod(ctx, s.namespace, "stranger")
 	t.Expect(ctx, s.server.To(Connects, serverPort, s.friend), s.server.To(TimesOut, serverPort, s.stranger))
 	return s
 }

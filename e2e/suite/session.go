@@ -102,8 +102,9 @@ func (s *session) run(command string) (output, status string, err error) {
 	}
 }
 
-// Follow runs steps as a reader would, in one shell that begins in the given folder, and ends the case where one prints something else
-// than the page says. A reader takes a moment between two commands; so a step is tried again for a while before it counts as failed.
+// Follow runs steps as a reader would, in one shell that begins in the given folder, and ends the case where one prints something
+// else than the page says. A reader takes a moment between two commands; so a step is tried again for a while before it counts as
+// failed.
 func (t *T) Follow(ctx context.Context, folder string, steps []docs.Step) {
 	if len(steps) == 0 {
 		t.Fatalf("there is no command to run")

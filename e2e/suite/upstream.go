@@ -131,7 +131,8 @@ func (r Runner) ginkgo(ctx context.Context, u Upstream, specs []string, folder s
 	defer cancel()
 	cmd := exec.CommandContext(ctx, r.program("ginkgo"), args...)
 	cmd.Dir = folder
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // ginkgo deletes the specs' namespaces and writes its report
+	// ginkgo deletes the specs' namespaces and writes its report.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = time.Minute
 	log, err := os.Create(filepath.Join(folder, "ginkgo.log"))
 	if err != nil {

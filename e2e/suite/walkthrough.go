@@ -15,8 +15,8 @@ import (
 	"github.com/postern-cni/postern/e2e/docs"
 )
 
-// Walkthrough is every example of manifests/examples: its head comment followed as a reader would, and then what it allows and what it
-// refuses, from every node and in every family that the cluster has.
+// Walkthrough is every example of manifests/examples: its head comment followed as a reader would, and then what it allows and
+// what it refuses, from every node and in every family that the cluster has.
 func Walkthrough() []Case {
 	return []Case{
 		{Name: "a pod on the host network is its node, and no policy touches it", Run: hostNetwork},
@@ -36,8 +36,8 @@ func Walkthrough() []Case {
 // examplesFolder is where the examples are in the source tree.
 const examplesFolder = "manifests/examples"
 
-// example applies an example and waits until its pods are ready, in all the namespaces given. The head comment is followed in between,
-// and what it changed is put right by applying the file again.
+// example applies an example and waits until its pods are ready, in all the namespaces given. The head comment is followed in
+// between, and what it changed is put right by applying the file again.
 func (t *T) example(ctx context.Context, file string, namespaces ...string) {
 	path := filepath.Join(examplesFolder, file)
 	text, err := os.ReadFile(filepath.Join(t.Cluster.Source, path))
@@ -160,8 +160,8 @@ func nodePort(ctx context.Context, t *T) {
 	}
 }
 
-// everyPodAnswers asks a Service again and again until each of its pods has answered. Chance decides between four pods: that one of
-// them is not among 500 answers happens less than once in 10^60 times.
+// everyPodAnswers asks a Service again and again until each of its pods has answered. Chance decides between four pods: that one
+// of them is not among 500 answers happens less than once in 10^60 times.
 func (t *T) everyPodAnswers(ctx context.Context, server netip.AddrPort, pods []*Pod) {
 	missing := map[string]bool{}
 	for _, p := range pods {
@@ -235,7 +235,8 @@ func hostNamespaces(ctx context.Context, t *T) {
 		}
 		ofPod := watcher.Exec(ctx, "readlink", file)
 		if same := strings.TrimSpace(ofPod) == strings.TrimSpace(ofNode); same != shared {
-			t.Errorf("the %s namespace of the pod is %s and that of its node %s; whether they must be the same: %v", kind, ofPod, ofNode, shared)
+			t.Errorf("the %s namespace of the pod is %s and that of its node %s; whether they must be the same: %v",
+				kind, ofPod, ofNode, shared)
 		}
 	}
 	readers := t.ClientOnEachNode(ctx, namespace, "reader", map[string]string{"app": "reader"})
@@ -334,7 +335,9 @@ func fromNamespaces(ctx context.Context, t *T) {
 	for _, change := range []struct {
 		label string
 		want  Outcome
-	}{{"tenant=gold", Connects}, {"tenant-", TimesOut}, {"tenant=silver", TimesOut}, {"tenant=gold", Connects}, {"tenant-", TimesOut}} {
+	}{
+		{"tenant=gold", Connects}, {"tenant-", TimesOut}, {"tenant=silver", TimesOut}, {"tenant=gold", Connects}, {"tenant-", TimesOut},
+	} {
 		t.Kubectl(ctx, "label", "namespace", other, change.label, "--overwrite")
 		began := time.Now()
 		t.Until(ctx, cart.To(change.want, 80, changing[0])[0])

@@ -10,12 +10,12 @@
 // every name they do: addresses and routes of pods go, links get other names or MACs. Our links, known by their names, are taken
 // out of that where the software's own folder is there:
 //
-//   - udev rules, which udevd reads again by itself when they have changed, so they hold at once: NM_UNMANAGED for NetworkManager,
-//     ID_NET_MANAGED_BY for it and for systemd-networkd from version 256 on.
+//   - udev rules, which udevd reads again by itself when they have changed, so they hold at once: NM_UNMANAGED for
+//     NetworkManager, ID_NET_MANAGED_BY for it and for systemd-networkd from version 256 on.
 //   - NetworkManager's configuration, which precedes udev's word where an administrator has it manage everything. Read when it
 //     starts.
-//   - A .network file for systemd-networkd, whatever its version, read when it starts; it precedes others by its name. And a .link
-//     file against renaming and MACs of udev's, which reads it by itself (systemd.link(5)).
+//   - A .network file for systemd-networkd, whatever its version, read when it starts; it precedes others by its name. And a
+//     .link file against renaming and MACs of udev's, which reads it by itself (systemd.link(5)).
 //   - A file for sysctl.d(5): udev has systemd-sysctl set, for each new link, what patterns there match it, and distributions
 //     write such a pattern for rp_filter. The last file's pattern wins.
 package nodefiles
@@ -142,8 +142,8 @@ func (l Links) all() []string { return slices.Concat(l.Pods, l.Tunnels) }
 
 var managers = []managed{
 	{"etc/udev/rules.d/70-postern.rules", func(l Links) string {
-		return fmt.Sprintf("SUBSYSTEM==\"net\", ACTION!=\"remove\", KERNEL==%q, ENV{NM_UNMANAGED}=\"1\", ENV{ID_NET_MANAGED_BY}=\"postern\"\n",
-			strings.Join(l.all(), "|"))
+		return fmt.Sprintf("SUBSYSTEM==\"net\", ACTION!=\"remove\", KERNEL==%q, ENV{NM_UNMANAGED}=\"1\", "+
+			"ENV{ID_NET_MANAGED_BY}=\"postern\"\n", strings.Join(l.all(), "|"))
 	}},
 	{"etc/NetworkManager/conf.d/postern.conf", func(l Links) string {
 		return fmt.Sprintf("[device-postern]\nmatch-device=interface-name:%s\nmanaged=0\n", strings.Join(l.all(), ",interface-name:"))
@@ -165,7 +165,8 @@ var managers = []managed{
 	}},
 }
 
-const managedHead = "# Links of postern's are not yours to manage. Written by `policyd install`, removed by `policyd cleanup --all`.\n"
+const managedHead = "# Links of postern's are not yours to manage. " +
+	"Written by `policyd install`, removed by `policyd cleanup --all`.\n"
 
 // TellManagers has the network managers of the node at root leave links alone. It returns the files that it wrote. What cannot be
 // written stops nothing else.

@@ -94,7 +94,9 @@ func TestOnlyALoopbackOfOursIsReplacedAndRemoved(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, true, []string{"loopback -> postern-loopback", "postern-loopback"}},
-		{"somebody else's", func(t *testing.T, dir string) { write(t, filepath.Join(dir, "loopback"), "theirs") }, false, []string{"loopback"}},
+		{"somebody else's", func(t *testing.T, dir string) {
+			write(t, filepath.Join(dir, "loopback"), "theirs")
+		}, false, []string{"loopback"}},
 		{"somebody else's link", func(t *testing.T, dir string) {
 			if err := os.Symlink("/usr/lib/cni/loopback", filepath.Join(dir, "loopback")); err != nil {
 				t.Fatal(err)
@@ -138,8 +140,9 @@ func TestNetworkManagersAreToldWhereTheyAre(t *testing.T) {
 		{nil, nil},
 		{[]string{"etc/systemd", "etc/udev", "etc/NetworkManager"}, nil},
 		{[]string{"etc/udev/rules.d"}, []string{"etc/udev/rules.d/70-postern.rules"}},
-		{[]string{"etc/udev/rules.d", "etc/systemd/network", "etc/NetworkManager/conf.d", "etc/sysctl.d"}, []string{"etc/NetworkManager/conf.d/postern.conf",
-			"etc/sysctl.d/99-zz-postern.conf", "etc/systemd/network/05-postern.link", "etc/systemd/network/05-postern.network", "etc/udev/rules.d/70-postern.rules"}},
+		{[]string{"etc/udev/rules.d", "etc/systemd/network", "etc/NetworkManager/conf.d", "etc/sysctl.d"},
+			[]string{"etc/NetworkManager/conf.d/postern.conf", "etc/sysctl.d/99-zz-postern.conf", "etc/systemd/network/05-postern.link",
+				"etc/systemd/network/05-postern.network", "etc/udev/rules.d/70-postern.rules"}},
 	} {
 		root := t.TempDir()
 		for _, f := range tt.folders {

@@ -152,6 +152,9 @@ func upgrade(ctx context.Context, t *T) {
 	t.Kubectl(ctx, "--namespace=kube-system", "rollout", "undo", daemonSet)
 	t.rollout(ctx)
 	t.Enforced(ctx)
+	if image := t.policyd(ctx)[0].Spec.Containers[0].Image; image != current {
+		t.Errorf("after the rollback, policyd's image is %s", image)
+	}
 	if lost := going.Stop(t); lost > 2 {
 		t.Errorf("%d allowed connections were not made", lost)
 	}

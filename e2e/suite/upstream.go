@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -131,8 +132,10 @@ func (r Runner) ginkgo(ctx context.Context, u Upstream, specs []string, folder s
 	defer cancel()
 	cmd := exec.CommandContext(ctx, r.program("ginkgo"), args...)
 	cmd.Dir = folder
-	// ginkgo deletes the specs' namespaces and writes its report.
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	// Interrupted once, all its processes delete their specs' namespaces and report; ginkgo itself does not tell the others. In a
+	// group of their own they hear of it from here alone, and not from a terminal as well: twice means to leave all as it is.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 	cmd.WaitDelay = time.Minute
 	log, err := os.Create(filepath.Join(folder, "ginkgo.log"))
 	if err != nil {
@@ -141,6 +144,9 @@ func (r Runner) ginkgo(ctx context.Context, u Upstream, specs []string, folder s
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = &progress{runner: r, to: log, all: len(specs), said: time.Now()}, log
 	ran := cmd.Run()
+	if cmd.Process != nil {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // who has not ended with ginkgo; mostly nobody
+	}
 	file, err := os.Open(report)
 	if err != nil {
 		return nil, fmt.Errorf("%w; and there is no report (%v): see %s", ran, err, log.Name())

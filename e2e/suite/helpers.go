@@ -47,7 +47,9 @@ func (t *T) Namespace(ctx context.Context, labels map[string]string) string {
 		t.Fatalf("make namespace %s: %v", name, err)
 	}
 	t.Logf("namespace %s %v", name, labels)
-	t.Cleanup(func(ctx context.Context) { t.Kubectl(ctx, "delete", "namespace", name, "--ignore-not-found") })
+	t.Cleanup(func(ctx context.Context) {
+		t.Kubectl(ctx, "delete", "namespace", name, "--ignore-not-found", "--wait=false")
+	})
 	return name
 }
 
@@ -57,7 +59,7 @@ func (t *T) Apply(ctx context.Context, file string) {
 	if _, err := os.Stat(path); err != nil {
 		t.Fatalf("apply a manifest: %v", err)
 	}
-	t.Cleanup(func(ctx context.Context) { t.Kubectl(ctx, "delete", "--ignore-not-found", "-f", path) })
+	t.Cleanup(func(ctx context.Context) { t.Kubectl(ctx, "delete", "--ignore-not-found", "--wait=false", "-f", path) })
 	t.Kubectl(ctx, "apply", "-f", path)
 }
 

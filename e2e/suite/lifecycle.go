@@ -425,7 +425,18 @@ func uninstall(ctx context.Context, t *T) {
 			t.Errorf("%v", err)
 		}
 	})
-	t.Kubectl(ctx, "--namespace=kube-system", "wait", "pod", "--selector=k8s-app=kube-dns", "--for=delete", "--timeout=2m")
+	t.Eventually(ctx, readyLimit, "no pod is on the pod network", func(ctx context.Context) error {
+		pods, err := t.Cluster.Client.CoreV1().Pods("").List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, p := range pods.Items {
+			if !p.Spec.HostNetwork {
+				return fmt.Errorf("%s/%s is", p.Namespace, p.Name)
+			}
+		}
+		return nil
+	})
 	if err := t.Cluster.Uninstall(ctx); err != nil {
 		t.Errorf("uninstall: %v", err)
 	}

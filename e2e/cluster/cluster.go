@@ -126,7 +126,8 @@ func (c *Cluster) Up(ctx context.Context) error {
 	return c.startDNS(ctx)
 }
 
-// Down ends everything that was started and removes what was made, but for the logs. It goes on after an error.
+// Down ends everything that was started and removes what was made, but for the logs. It goes on after an error, and may then be
+// called again.
 func (c *Cluster) Down() error {
 	var errs []error
 	for _, p := range slices.Backward(c.state.Processes) {
@@ -136,10 +137,13 @@ func (c *Cluster) Down() error {
 	for _, name := range namespaces() {
 		errs = append(errs, removeNamespace(name))
 	}
-	for _, dir := range []string{etcdFolder, c.path("nodes"), c.path("run")} {
+	for _, dir := range []string{etcdFolder, c.path("nodes")} {
 		errs = append(errs, os.RemoveAll(dir))
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("%w; what is left is still known: try e2e-down again", err)
+	}
+	return os.RemoveAll(c.path("run"))
 }
 
 // keepPodLogs moves what the pods that were there at the end have printed, policyd's among them, to the other logs.
@@ -221,7 +225,9 @@ func (c *Cluster) nodePath() string {
 	return c.debian("usr/bin") + ":" + c.debian("usr/sbin") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 }
 
-// Environment is that of a shell for work on the cluster.
+// Environment is that of a shell for work on the cluster. Without what Enter leaves in it, so that a cluster made from there is
+// one in a namespace of its own.
 func (c *Cluster) Environment() []string {
-	return append(os.Environ(), "KUBECONFIG="+c.Kubeconfig("admin"), "PATH="+c.path("bin")+":"+os.Getenv("PATH"))
+	without := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, entered+"=") })
+	return append(without, "KUBECONFIG="+c.Kubeconfig("admin"), "PATH="+c.path("bin")+":"+os.Getenv("PATH"))
 }

@@ -84,7 +84,8 @@ no
 		t.Fatal(err)
 	}
 	want := []Block{
-		{Page: "page.md", Line: 3, Heading: "Title", Kind: "sh", Mark: NotRun, Reason: "it is dangerous", Text: "rm -rf x | \\\n    cat\n"},
+		{Page: "page.md", Line: 3, Heading: "Title", Kind: "sh", Mark: NotRun, Reason: "it is dangerous",
+			Text: "rm -rf x | \\\n    cat\n"},
 		{Page: "page.md", Line: 11, Heading: "Below", Kind: "sh", Text: "cat <<'END'\n$ text\nEND\n\n# more\necho two\n"},
 		{Page: "page.md", Line: 19, Heading: "Below", Kind: "console", Text: "$ true \\\n    --and this\n$ false\nno\n"},
 		{Page: "page.md", Line: 25, Heading: "Below", Kind: "yaml", Text: "# Not run by our tests: no mark here.\n"},
@@ -108,14 +109,26 @@ no
 }
 
 func TestHeadCommentIsTheIndentedPartOfAManifest(t *testing.T) {
-	got := Transcript(HeadComment("# Words. $ no command\n#\n#   $ a \\\n#       b\n#   prints\n#\n# More.\n#\n#   $ c\nkind: Pod\n#   $ d\n"))
+	got := Transcript(HeadComment(`# Words. $ no command
+#
+#   $ a \
+#       b
+#   prints
+#
+# More.
+#
+#   $ c
+kind: Pod
+#   $ d
+`))
 	want := []Step{{Command: "a \\\n    b", Prints: []string{"prints"}}, {Command: "c"}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
 
-// TestEveryCommandIsRunCheckedOrSaidNotToBe holds the pages to what they promise: who adds a command that nobody checks must say so.
+// TestEveryCommandIsRunCheckedOrSaidNotToBe holds the pages to what they promise: who adds a command that nobody checks must say
+// so.
 func TestEveryCommandIsRunCheckedOrSaidNotToBe(t *testing.T) {
 	// By the first words: what the tests here and package suite check without running it.
 	checked := []string{"git clone https://github.com/postern-cni/postern", "make ", "kind ", "sudo kubeadm ", "sudo ctr "}
@@ -233,8 +246,8 @@ func TestKustomizationsInThePagesSayWhatTheyShould(t *testing.T) {
 				t.Errorf("%s: %v", b, err)
 				continue
 			}
-			want := shows[page]
-			if want == "" || !bytes.Contains(text, []byte(want)) || bytes.Contains(text, []byte("image: ghcr.io")) == (page == "kubeadm.md") {
+			want, published := shows[page], bytes.Contains(text, []byte("image: ghcr.io"))
+			if want == "" || !bytes.Contains(text, []byte(want)) || published == (page == "kubeadm.md") {
 				t.Errorf("%s: it does not render to what the page wants (%q):\n%s", b, want, text)
 			}
 		}

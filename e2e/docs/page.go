@@ -128,8 +128,8 @@ func commands(text string) []Step {
 	return steps
 }
 
-// Transcript reads commands, each after "$ ", and below them what they print. A command's line that ends in a backslash goes on in
-// the next.
+// Transcript reads commands, each after "$ ", and below them what they print. A command's line that ends in a backslash goes on
+// in the next.
 func Transcript(text string) []Step {
 	var steps []Step
 	more := false

@@ -55,7 +55,10 @@ func (t *T) rollout(ctx context.Context) {
 func restart(ctx context.Context, t *T) {
 	s := t.Scene(ctx, t.Cluster.Nodes[0], t.Cluster.Nodes[1])
 	going := t.Traffic(s)
-	stop, unready := t.watchReady(ctx)
+	before := t.readySince(ctx, s.namespace)
+	if wanted := len(t.Cluster.Nodes) + 3; len(before) < wanted {
+		t.Fatalf("%d nodes and pods are Ready, want %d at least", len(before), wanted)
+	}
 	t.Kubectl(ctx, "--namespace=kube-system", "delete", "pod", "--selector=app.kubernetes.io/name=postern")
 	t.Eventually(ctx, readyLimit, "policyd runs on every node again", func(ctx context.Context) error {
 		ready := 0
@@ -71,9 +74,11 @@ func restart(ctx context.Context, t *T) {
 	})
 	t.Enforced(ctx)
 	time.Sleep(15 * time.Second) // longer than kubelet takes to notice what it would call NotReady: its probes are every 10 s
-	stop()
-	if said := <-unready; len(said) > 0 {
-		t.Errorf("became NotReady: %s", strings.Join(said, "; "))
+	after := t.readySince(ctx, s.namespace)
+	for what, since := range before {
+		if !after[what].Equal(since) {
+			t.Errorf("%s was Ready since %v, and is since %v", what, since, after[what])
+		}
 	}
 	if lost := going.Stop(t); lost > 2 {
 		t.Errorf("%d allowed connections were not made", lost)
@@ -81,54 +86,33 @@ func restart(ctx context.Context, t *T) {
 	t.SameAsEver(ctx, s)
 }
 
-// watchReady watches nodes, and pods that are not policyd's, for Ready that turns to something else.
-func (t *T) watchReady(ctx context.Context) (stop func(), unready <-chan []string) {
-	ctx, stop = context.WithCancel(ctx)
-	pods, err := t.Cluster.Client.CoreV1().Pods("").Watch(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name!=postern"})
+// readySince says since when nodes, and pods of a namespace, are Ready: the API keeps the time of the last change, so one that was
+// NotReady in between has another.
+func (t *T) readySince(ctx context.Context, namespace string) map[string]time.Time {
+	since := map[string]time.Time{}
+	pods, err := t.Cluster.Client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {
-		t.Fatalf("watch pods: %v", err)
+		t.Fatalf("list pods: %v", err)
 	}
-	nodes, err := t.Cluster.Client.CoreV1().Nodes().Watch(ctx, metav1.ListOptions{})
-	if err != nil {
-		t.Fatalf("watch nodes: %v", err)
-	}
-	result := make(chan []string, 1)
-	go func() {
-		var said []string
-		ready := map[string]bool{}
-		see := func(what string, is bool) {
-			if ready[what] && !is {
-				said = append(said, what)
-			}
-			ready[what] = is
-		}
-		for {
-			select {
-			case event, open := <-pods.ResultChan():
-				if !open && ctx.Err() == nil {
-					result <- append(said, "nobody knows: the watch of pods has ended")
-					return
-				}
-				if p, ok := event.Object.(*corev1.Pod); ok && p.DeletionTimestamp == nil {
-					see("pod "+p.Namespace+"/"+p.Name, podReady(p))
-				}
-			case event, open := <-nodes.ResultChan():
-				if !open && ctx.Err() == nil {
-					result <- append(said, "nobody knows: the watch of nodes has ended")
-					return
-				}
-				if n, ok := event.Object.(*corev1.Node); ok {
-					see("node "+n.Name, slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
-						return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
-					}))
-				}
-			case <-ctx.Done():
-				result <- said
-				return
+	for _, p := range pods.Items {
+		for _, c := range p.Status.Conditions {
+			if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue && p.DeletionTimestamp == nil {
+				since[fmt.Sprintf("pod %s/%s (%s)", p.Namespace, p.Name, p.UID)] = c.LastTransitionTime.Time
 			}
 		}
-	}()
-	return stop, result
+	}
+	nodes, err := t.Cluster.Client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		t.Fatalf("list nodes: %v", err)
+	}
+	for _, n := range nodes.Items {
+		for _, c := range n.Status.Conditions {
+			if c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue {
+				since["node "+n.Name] = c.LastTransitionTime.Time
+			}
+		}
+	}
+	return since
 }
 
 // upgrade gives the DaemonSet an image of another name, and takes that back.

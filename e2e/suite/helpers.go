@@ -50,6 +50,11 @@ func (t *T) Namespace(ctx context.Context, labels map[string]string) string {
 	t.Cleanup(func(ctx context.Context) {
 		t.Kubectl(ctx, "delete", "namespace", name, "--ignore-not-found", "--wait=false")
 	})
+	// Without it no pod is admitted; the controller manager takes its time after the API server was away.
+	t.Eventually(ctx, readyLimit, "namespace "+name+" has its service account", func(ctx context.Context) error {
+		_, err := t.Cluster.Client.CoreV1().ServiceAccounts(name).Get(ctx, "default", metav1.GetOptions{})
+		return err
+	})
 	return name
 }
 

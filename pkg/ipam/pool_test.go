@@ -83,6 +83,14 @@ func TestRangeGivesOutEveryAddressButTheReservedOnes(t *testing.T) {
 	}
 }
 
+// Another process must find the file again, or every ADD takes the range for a changed one and looks from its beginning.
+func TestARangesFileHasTheSameNameInEveryProcess(t *testing.T) {
+	s := newSpan(Range{Subnet: netip.MustParsePrefix("10.0.0.0/24"), Exclude: []netip.Prefix{netip.MustParsePrefix("10.0.0.8/30")}})
+	if got, want := s.file(), "10.0.0.0-10.0.0.255-04468eec"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
 func TestRangeSizes(t *testing.T) {
 	for _, tt := range []struct {
 		r    Range

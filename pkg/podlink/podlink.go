@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-cni/postern/pkg/attachment"
@@ -35,6 +37,9 @@ type Link struct {
 	Routes []netip.Prefix
 }
 
+// anyway is a handle that opens a connection for every call, in the namespace of the calling thread.
+var anyway = new(netlink.Handle)
+
 // retryFor is how long Create waits for a name that the kernel has not let go of: after a namespace went away with its
 // links, that takes up to some 50 ms when many go together.
 const retryFor = time.Second
@@ -49,36 +54,83 @@ func Create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
 	return routes, nil
 }
 
-func create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
-	pod, err := ns.GetNS(l.NetNS)
+// ends are ways to the kernel in the two namespaces, one connection each: a call by itself opens one and closes it again.
+type ends struct {
+	node, pod *netlink.Handle
+	netns     ns.NetNS // the pod's
+}
+
+func open(path string) (*ends, error) {
+	pod, err := ns.GetNS(path)
 	if err != nil {
 		return nil, err
 	}
-	defer pod.Close()
+	e := &ends{netns: pod}
+	if e.node, err = netlink.NewHandle(unix.NETLINK_ROUTE); err == nil {
+		e.pod, err = netlink.NewHandleAt(netns.NsHandle(pod.Fd()), unix.NETLINK_ROUTE)
+	}
+	if err != nil {
+		e.close()
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return e, nil
+}
+
+func (e *ends) close() {
+	for _, h := range []*netlink.Handle{e.node, e.pod} {
+		if h != nil {
+			h.Close()
+		}
+	}
+	_ = e.netns.Close() // it was only read
+}
+
+// within runs fn in the pod's namespace, on this thread: another one would have to be woken.
+func (e *ends) within(fn func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		return err
+	}
+	defer home.Close()
+	if err := netns.Set(netns.NsHandle(e.netns.Fd())); err != nil {
+		return err
+	}
+	defer func() {
+		if err := netns.Set(home); err != nil {
+			panic(fmt.Sprintf("cannot leave the pod's network namespace, and nothing may be done to the node from there: %v", err))
+		}
+	}()
+	return fn()
+}
+
+func create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
+	e, err := open(l.NetNS)
+	if err != nil {
+		return nil, err
+	}
+	defer e.close()
 	if err := forwarding(l); err != nil {
 		return nil, err
 	}
-	host, err := addVeth(ctx, l, pod)
+	host, err := e.addVeth(ctx, l)
 	if err != nil {
 		return nil, err
 	}
-	if err := set(hostSettings(l)...); err != nil {
+	if err := write(hostSettings(l)...); err != nil {
 		return nil, err
 	}
-	if err := hostEnd(l, host); err != nil {
+	if err := e.hostEnd(l, host); err != nil {
 		return nil, err
 	}
-	err = pod.Do(func(ns.NetNS) (err error) {
-		routes, err = podEnd(l)
-		return err
-	})
-	if err != nil {
+	if routes, err = e.podEnd(l); err != nil {
 		return nil, fmt.Errorf("the pod's end: %w", err)
 	}
-	if err := awaitCarrier(ctx, l.HostInterface); err != nil {
+	if err := e.awaitCarrier(ctx, l.HostInterface); err != nil {
 		return nil, err
 	}
-	return routes, hostRoutes(l, host) // last: from here on packets reach a pod that can answer
+	return routes, e.hostRoutes(l, host) // last: from here on packets reach a pod that can answer
 }
 
 // carrierLimit is how long the node's end may take to have a carrier; then it works, or it will when it has.
@@ -87,10 +139,10 @@ const carrierLimit = time.Second
 // awaitCarrier waits until the node's end sends what it is given. It was set up before the pod's end, so without a carrier, and the
 // kernel gives it a queue that swallows everything until a work item has noticed the carrier (dev_activate, net/sched/sch_generic.c).
 // To ask for the link makes newer kernels do that at once (linkwatch_sync_dev, net/core/link_watch.c).
-func awaitCarrier(ctx context.Context, name string) error {
+func (e *ends) awaitCarrier(ctx context.Context, name string) error {
 	deadline := time.Now().Add(carrierLimit)
 	for {
-		host, err := netlink.LinkByName(name)
+		host, err := e.node.LinkByName(name)
 		if err != nil {
 			return fmt.Errorf("ask for the carrier of the node's end: %w", err)
 		}
@@ -106,16 +158,7 @@ func awaitCarrier(ctx context.Context, name string) error {
 }
 
 // addVeth makes the pair, both ends down, the pod's end in its namespace under its final name.
-func addVeth(ctx context.Context, l Link, pod ns.NetNS) (netlink.Link, error) {
-	err := pod.Do(func(ns.NetNS) error {
-		if _, err := netlink.LinkByName(l.IfName); err == nil {
-			return fmt.Errorf("the pod has an interface %s already; another plugin of the list may have made it", l.IfName)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
+func (e *ends) addVeth(ctx context.Context, l Link) (netlink.Link, error) {
 	hostMAC, errHost := net.ParseMAC(l.HostMAC)
 	podMAC, errPod := net.ParseMAC(l.PodMAC)
 	if err := errors.Join(errHost, errPod); err != nil {
@@ -124,48 +167,56 @@ func addVeth(ctx context.Context, l Link, pod ns.NetNS) (netlink.Link, error) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.HardwareAddr = l.HostInterface, l.MTU, hostMAC
 	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: l.IfName, PeerHardwareAddr: podMAC,
-		PeerMTU: uint32(l.MTU), PeerNamespace: netlink.NsFd(int(pod.Fd()))}
+		PeerMTU: uint32(l.MTU), PeerNamespace: netlink.NsFd(int(e.netns.Fd()))}
 	deadline := time.Now().Add(retryFor)
 	for {
-		if err := removeOld(l.HostInterface); err != nil {
-			return nil, err
-		}
-		err := netlink.LinkAdd(veth)
+		err := e.node.LinkAdd(veth)
 		if err == nil {
 			break
 		}
 		if !errors.Is(err, unix.EEXIST) || time.Now().After(deadline) {
 			return nil, fmt.Errorf("create the veth: %w", err)
 		}
+		removed, err := e.makeRoom(l)
+		if err != nil {
+			return nil, err
+		}
+		if removed {
+			continue
+		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("create the veth: %w, and %w", err, ctx.Err())
+			return nil, fmt.Errorf("create the veth: the name is taken, and %w", ctx.Err())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	host, err := netlink.LinkByName(l.HostInterface)
-	if err != nil {
-		return nil, fmt.Errorf("find the new link: %w", err)
-	}
-	if err := netlink.LinkSetAlias(host, l.Key().String()); err != nil {
+	if err := e.node.LinkSetAlias(veth, l.Key().String()); err != nil {
 		return nil, fmt.Errorf("set the alias: %w", err)
 	}
-	return host, nil
+	return veth, nil
+}
+
+// makeRoom finds out which of the two names is taken. The pod's is an error; what has the node's is removed.
+func (e *ends) makeRoom(l Link) (removed bool, err error) {
+	if _, err := e.pod.LinkByName(l.IfName); err == nil {
+		return false, fmt.Errorf("the pod has an interface %s already; another plugin of the list may have made it", l.IfName)
+	}
+	return removeOld(e.node, l.HostInterface)
 }
 
 // removeOld removes what has the name: the link of an older sandbox of the same pod, or of an ADD that was killed.
-func removeOld(name string) error {
-	old, err := netlink.LinkByName(name)
+func removeOld(h *netlink.Handle, name string) (removed bool, err error) {
+	old, err := h.LinkByName(name)
 	if notFound(err) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return fmt.Errorf("look for an older link: %w", err)
+		return false, fmt.Errorf("look for an older link: %w", err)
 	}
-	if err := netlink.LinkDel(old); err != nil && !gone(err) {
-		return fmt.Errorf("remove the older sandbox's link: %w", err)
+	if err := h.LinkDel(old); err != nil && !gone(err) {
+		return false, fmt.Errorf("remove the older sandbox's link: %w", err)
 	}
-	return nil
+	return true, nil
 }
 
 func notFound(err error) bool {
@@ -176,52 +227,52 @@ func notFound(err error) bool {
 func gone(err error) bool { return errors.Is(err, unix.ENODEV) || notFound(err) }
 
 // hostEnd sets the node's end up; IPv6 neighbours need its link-local address, IPv4 needs none.
-func hostEnd(l Link, host netlink.Link) error {
-	if err := netlink.LinkSetUp(host); err != nil {
+func (e *ends) hostEnd(l Link, host netlink.Link) error {
+	if err := e.node.LinkSetUp(host); err != nil {
 		return fmt.Errorf("set the node's end up: %w", err)
 	}
 	if has6(l) {
-		return hostGateway(host)
+		return hostGateway(e.node, host)
 	}
 	return nil
 }
 
-func hostGateway(host netlink.Link) error {
+func hostGateway(h *netlink.Handle, host netlink.Link) error {
 	gateway := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(Gateway6, 64)), Flags: unix.IFA_F_NODAD}
-	if err := netlink.AddrAdd(host, gateway); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := h.AddrAdd(host, gateway); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add %s to the node's end: %w", Gateway6, err)
 	}
 	return nil
 }
 
 // hostRoutes leads the pod's addresses to the link.
-func hostRoutes(l Link, host netlink.Link) error {
+func (e *ends) hostRoutes(l Link, host netlink.Link) error {
 	for _, a := range l.Addresses {
-		if err := hostNeighbour(l, host, a); err != nil {
+		if err := hostNeighbour(e.node, l, host, a); err != nil {
 			return err
 		}
-		if err := hostRoute(host, a, nodeAddressOf(l, a)); err != nil {
+		if err := hostRoute(e.node, host, a, nodeAddressOf(l, a)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func hostNeighbour(l Link, host netlink.Link, a netip.Addr) error {
+func hostNeighbour(h *netlink.Handle, l Link, host netlink.Link, a netip.Addr) error {
 	mac, err := net.ParseMAC(l.PodMAC)
 	if err != nil {
 		return err
 	}
-	if err := netlink.NeighSet(neighbour(host, a, mac)); err != nil {
+	if err := h.NeighSet(neighbour(host, a, mac)); err != nil {
 		return fmt.Errorf("set the neighbour %s: %w", a, err)
 	}
 	return nil
 }
 
 // hostRoute leads an address to the link, with the node's address as source unless it is invalid.
-func hostRoute(host netlink.Link, a, source netip.Addr) error {
+func hostRoute(h *netlink.Handle, host netlink.Link, a, source netip.Addr) error {
 	route := &netlink.Route{LinkIndex: host.Attrs().Index, Dst: ipNet(single(a)), Scope: netlink.SCOPE_LINK, Src: source.AsSlice()}
-	if err := netlink.RouteReplace(route); err != nil {
+	if err := h.RouteReplace(route); err != nil {
 		return fmt.Errorf("set the route to %s: %w", a, err)
 	}
 	return nil
@@ -237,16 +288,15 @@ func nodeAddressOf(l Link, a netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// podEnd runs in the pod's namespace.
-func podEnd(l Link) (routes []netip.Prefix, err error) {
-	if err := podSysctls(l); err != nil {
+func (e *ends) podEnd(l Link) (routes []netip.Prefix, err error) {
+	if err := e.within(func() error { return write(podSettings(l)...) }); err != nil {
 		return nil, err
 	}
-	link, err := netlink.LinkByName(l.IfName)
+	link, err := e.pod.LinkByName(l.IfName)
 	if err != nil {
 		return nil, err
 	}
-	if err := netlink.LinkSetUp(link); err != nil {
+	if err := e.pod.LinkSetUp(link); err != nil {
 		return nil, fmt.Errorf("set up: %w", err)
 	}
 	mac, err := net.ParseMAC(l.HostMAC)
@@ -254,7 +304,7 @@ func podEnd(l Link) (routes []netip.Prefix, err error) {
 		return nil, err
 	}
 	for _, a := range l.Addresses {
-		of, err := podAddress(l, link, a, mac)
+		of, err := podAddress(e.pod, l, link, a, mac)
 		if err != nil {
 			return nil, err
 		}
@@ -263,26 +313,26 @@ func podEnd(l Link) (routes []netip.Prefix, err error) {
 	return routes, nil
 }
 
-func podAddress(l Link, link netlink.Link, a netip.Addr, hostMAC net.HardwareAddr) (routes []netip.Prefix, err error) {
+func podAddress(h *netlink.Handle, l Link, link netlink.Link, a netip.Addr, hostMAC net.HardwareAddr) (routes []netip.Prefix, err error) {
 	addr := &netlink.Addr{IPNet: ipNet(single(a))}
 	if a.Is6() {
 		addr.Flags = unix.IFA_F_NODAD
 	}
-	if err := netlink.AddrAdd(link, addr); err != nil {
+	if err := h.AddrAdd(link, addr); err != nil {
 		return nil, fmt.Errorf("add %s: %w", a, err)
 	}
-	if err := netlink.NeighSet(neighbour(link, Gateway(a), hostMAC)); err != nil {
+	if err := h.NeighSet(neighbour(link, Gateway(a), hostMAC)); err != nil {
 		return nil, fmt.Errorf("set the neighbour %s: %w", Gateway(a), err)
 	}
 	index := link.Attrs().Index
 	if a.Is4() { // every interface has its own way to the one gateway
 		gateway := &netlink.Route{LinkIndex: index, Dst: ipNet(single(Gateway4)), Scope: netlink.SCOPE_LINK, Src: a.AsSlice()}
-		if err := netlink.RouteAppend(gateway); err != nil && !errors.Is(err, unix.EEXIST) {
+		if err := h.RouteAppend(gateway); err != nil && !errors.Is(err, unix.EEXIST) {
 			return nil, fmt.Errorf("add the route to %s: %w", Gateway4, err)
 		}
 	}
 	for _, dst := range destinations(l, a) {
-		err := netlink.RouteAdd(through(index, a, dst, unix.RT_TABLE_MAIN))
+		err := h.RouteAdd(through(index, a, dst, unix.RT_TABLE_MAIN))
 		if err == nil {
 			routes = append(routes, dst)
 			continue
@@ -291,7 +341,7 @@ func podAddress(l Link, link netlink.Link, a netip.Addr, hostMAC net.HardwareAdd
 			return nil, fmt.Errorf("add the route to %s: %w", dst, err)
 		}
 		if dst.Bits() == 0 { // another interface has the default route
-			if err := bySource(index, a, dst); err != nil {
+			if err := bySource(h, index, a, dst); err != nil {
 				return nil, err
 			}
 		}
@@ -325,9 +375,9 @@ const tableBase = 0x70730000
 
 // bySource gives a further interface of a pod a default route of its own, for packets with its own address: a reply that left
 // by the first interface would have a source there that is not that link's, and be dropped as forged.
-func bySource(index int, a netip.Addr, everything netip.Prefix) error {
+func bySource(h *netlink.Handle, index int, a netip.Addr, everything netip.Prefix) error {
 	table := tableBase + index
-	if err := netlink.RouteReplace(through(index, a, everything, table)); err != nil {
+	if err := h.RouteReplace(through(index, a, everything, table)); err != nil {
 		return fmt.Errorf("add the default route for packets from %s: %w", a, err)
 	}
 	rule := netlink.NewRule()
@@ -335,7 +385,7 @@ func bySource(index int, a netip.Addr, everything netip.Prefix) error {
 	if a.Is4() {
 		rule.Family = unix.AF_INET
 	}
-	if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := h.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add the rule for packets from %s: %w", a, err)
 	}
 	return nil
@@ -404,7 +454,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 
 // DeleteAny removes a link of ours whoever it belongs to.
 func DeleteAny(hostInterface string) error {
-	if err := removeOld(hostInterface); err != nil {
+	if _, err := removeOld(anyway, hostInterface); err != nil {
 		return fmt.Errorf("delete link %s: %w", hostInterface, err)
 	}
 	return nil

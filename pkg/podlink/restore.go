@@ -166,7 +166,7 @@ func addressFaults(l Link, host netlink.Link) ([]fault, error) {
 		}
 	}
 	what := fmt.Sprintf("the node's end does not have the address %s/64", Gateway6)
-	return []fault{{what, func() error { return hostGateway(host) }}}, nil
+	return []fault{{what, func() error { return hostGateway(anyway, host) }}}, nil
 }
 
 func neighbourFaults(l Link, host netlink.Link) (faults []fault, err error) {
@@ -183,7 +183,7 @@ func neighbourFaults(l Link, host netlink.Link) (faults []fault, err error) {
 		}
 		if !found {
 			faults = append(faults, fault{fmt.Sprintf("the node does not know the MAC %s of %s for good", l.PodMAC, a),
-				func() error { return hostNeighbour(l, host, a) }})
+				func() error { return hostNeighbour(anyway, l, host, a) }})
 		}
 	}
 	return faults, nil
@@ -213,7 +213,7 @@ func routeFaults(l Link, host netlink.Link) (faults []fault, err error) {
 		if there {
 			what = fmt.Sprintf("the node's route to %s has the source %s, not %s", a, named(now), named(source))
 		}
-		faults = append(faults, fault{what, func() error { return hostRoute(host, a, source) }})
+		faults = append(faults, fault{what, func() error { return hostRoute(anyway, host, a, source) }})
 	}
 	return faults, nil
 }

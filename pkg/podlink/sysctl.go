@@ -10,6 +10,15 @@ import (
 	"github.com/postern-cni/postern/pkg/sysctl"
 )
 
+// write writes settings of a new link, whose values nobody has chosen: to ask for each first takes longer.
+func write(settings ...sysctl.Setting) error {
+	var errs []error
+	for _, s := range settings {
+		errs = append(errs, s.Write())
+	}
+	return errors.Join(errs...)
+}
+
 // set writes what is not so already.
 func set(settings ...sysctl.Setting) error {
 	var errs []error
@@ -45,9 +54,9 @@ func hostSettings(l Link) []sysctl.Setting {
 	return settings
 }
 
-// podSysctls spare the pod the delay of duplicate-address detection, on an address that nobody else can have, and advice
+// podSettings spare the pod the delay of duplicate-address detection, on an address that nobody else can have, and advice
 // about routes.
-func podSysctls(l Link) error {
+func podSettings(l Link) []sysctl.Setting {
 	if without6() {
 		return nil
 	}
@@ -56,7 +65,7 @@ func podSysctls(l Link) error {
 	if has6(l) {
 		settings = append(settings, sysctl.Of(v6+"disable_ipv6", "0"))
 	}
-	return set(settings...)
+	return settings
 }
 
 // without6 reports a kernel that was started without IPv6.

@@ -44,9 +44,20 @@ func (s Setting) set(own, mount string) (changed bool, err error) {
 	if err == nil && now == s.Value {
 		return false, nil
 	}
-	if err == nil {
-		err = write(filepath.Join(own, s.Path), s.Value)
+	if err != nil {
+		return false, fmt.Errorf("set %s to %s: %w", s, s.Value, err)
 	}
+	if err := s.write(own, mount); err != nil {
+		return false, err
+	}
+	return true, nil
+}
+
+// Write writes the value, whatever is in force.
+func (s Setting) Write() error { return s.write(own, Mount) }
+
+func (s Setting) write(own, mount string) error {
+	err := write(filepath.Join(own, s.Path), s.Value)
 	if errors.Is(err, unix.EROFS) {
 		if _, missing := os.Stat(mount); missing != nil {
 			err = fmt.Errorf("%s is read-only, as it is in containers, and the node's is not mounted at %s", own, mount)
@@ -55,9 +66,9 @@ func (s Setting) set(own, mount string) (changed bool, err error) {
 		}
 	}
 	if err != nil {
-		return false, fmt.Errorf("set %s to %s: %w", s, s.Value, err)
+		return fmt.Errorf("set %s to %s: %w", s, s.Value, err)
 	}
-	return true, nil
+	return nil
 }
 
 // write does not make a file.

@@ -158,6 +158,10 @@ func (add *adding) reserve(ctx context.Context) error {
 	}
 	if !add.cfg.IPAM.Own() {
 		add.a.IPAM = add.cfg.IPAM.Type
+		return nil
+	}
+	for _, r := range add.cfg.IPAM.Ranges {
+		add.a.Ranges = append(add.a.Ranges, r.Prefixes()...)
 	}
 	return nil
 }

@@ -60,6 +60,8 @@ type Attachment struct {
 	PodMAC        string       `json:"podMAC"`
 	MTU           int          `json:"mtu"`
 	Addresses     []netip.Addr `json:"addresses"` // the pod's, at most one of each family
+	// Ranges are what the network gives out on this node; empty where it is not ours to say (another IPAM).
+	Ranges []netip.Prefix `json:"ranges,omitempty"`
 	// NodeAddresses are the node's own, at most one of each family: the source of the route to the pod, and what hostPort
 	// traffic is translated to where it must be.
 	NodeAddresses []netip.Addr  `json:"nodeAddresses,omitempty"`

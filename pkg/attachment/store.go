@@ -321,6 +321,11 @@ func (a *Attachment) check() error {
 	if err := oneOfEachFamily(a.Addresses); err != nil {
 		return fmt.Errorf("addresses: %w", err)
 	}
+	for _, p := range a.Ranges {
+		if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() {
+			return fmt.Errorf("ranges: %q: an IPv4 or IPv6 prefix is allowed", p)
+		}
+	}
 	if err := oneOfEachFamily(a.NodeAddresses); err != nil {
 		return fmt.Errorf("nodeAddresses: %w", err)
 	}

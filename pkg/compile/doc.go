@@ -7,6 +7,7 @@
 //	POSTERN-FORWARD    from or to a pod link whose (address, interface) is not ready: drop
 //	                   a local pod's address from anywhere else: drop
 //	                   established, and ICMP errors of a flow: return, for other software's rules to see
+//	                   a new flow from or to an address of this node's range that no pod has: drop
 //	                   TCP that opens nothing and belongs to nothing, from or to a pod: drop
 //	                   -i pst+ jumps to POSTERN-FROM, then -o pst+ to POSTERN-TO
 //	POSTERN-FROM       not isolated (open set): return; else into the dispatch tree, which ends in a drop
@@ -17,6 +18,9 @@
 // The tree is entered with goto, so that a return in a pod's chain means "allowed here" and leads back to POSTERN-FORWARD, where
 // the other direction is judged. Ready comes before established: no packet of a former owner's flow passes to an address's new
 // owner between its link and its guard, and a flushed ready set closes everything.
+//
+// The drop of new flows of this node's range keeps the addresses that nobody has free of flows, so that a new owner inherits none,
+// and nobody needs to look for them while a pod is waiting (reading the flow table takes milliseconds).
 //
 // Tables raw and filter hold one chain each: what a pod's link may not send at all, and the acceptance of pod traffic that
 // passed, for hosts whose FORWARD policy is DROP.

@@ -74,6 +74,7 @@ func set(name string, typ rule.SetType, role rule.Role, f rule.Family, definitio
 func own(f rule.Family) []rule.Set {
 	return []rule.Set{
 		set(rule.LocalSet(f), rule.HashIP, rule.Local, f, "addresses of this node's pods", nil),
+		set(rule.RangeSet(f), rule.HashNet, rule.Local, f, "what this node's pods get their addresses from", nil),
 		set(rule.ReadySet(f), rule.HashNetIface, rule.Ready, f, "pods whose guard stands", nil),
 		set(rule.OpenSet(f, rule.Ingress), rule.HashNetIface, rule.Open, f, "pods that no policy isolates for ingress", nil),
 		set(rule.OpenSet(f, rule.Egress), rule.HashNetIface, rule.Open, f, "pods that no policy isolates for egress", nil),
@@ -101,6 +102,19 @@ func entriesOf(g *policy.Guarded, f rule.Family, each func(set string, e rule.En
 			}
 		}
 	}
+}
+
+// rangeEntries are a family's entries of the range set.
+func rangeEntries(ranges []netip.Prefix, f rule.Family) (entries []rule.Entry) {
+	for _, p := range ranges {
+		if rule.FamilyOf(p.Addr()) != f {
+			continue
+		}
+		for _, half := range policy.Halves(p) {
+			entries = append(entries, rule.Entry{Prefix: half})
+		}
+	}
+	return entries
 }
 
 var directions = [...]rule.Direction{rule.Ingress, rule.Egress}

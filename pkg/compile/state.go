@@ -44,6 +44,9 @@ func State(m *policy.Model, f rule.Family) *rule.State {
 			sets[name] = s
 		})
 	}
+	ranges := sets[rule.RangeSet(f)]
+	ranges.Entries = rangeEntries(m.Ranges, f)
+	sets[ranges.Name] = ranges
 	mangle := []rule.Chain{forward(f)}
 	for _, d := range directions {
 		var isolated []string
@@ -123,6 +126,8 @@ func Patch(x *policy.Index, d policy.Delta, f rule.Family) *rule.Patch {
 	for _, i := range d.Interfaces {
 		replace(p, x, i)
 	}
+	p.Join[rule.RangeSet(f)] = append(p.Join[rule.RangeSet(f)], rangeEntries(d.NewRanges, f)...)
+	p.Leave[rule.RangeSet(f)] = append(p.Leave[rule.RangeSet(f)], rangeEntries(d.OldRanges, f)...)
 	for _, direction := range directions {
 		redispatch(p, x, d, direction)
 	}
@@ -217,6 +222,10 @@ func forward(f rule.Family) rule.Chain {
 		{Matches: []rule.Match{rule.CTState{States: "ESTABLISHED"}}, Action: rule.Return{}},
 		{Matches: []rule.Match{rule.Protocol{Proto: icmp}, rule.CTState{States: "RELATED"}}, Action: rule.Return{},
 			Comment: "errors of a flow"},
+		{Matches: []rule.Match{rule.In{Name: podLinks, Not: true}, rule.InSet{Name: rule.RangeSet(f), Dirs: "src"}},
+			Action: rule.Drop{}, Comment: "an address of this node's range from elsewhere"},
+		{Matches: []rule.Match{rule.Out{Name: podLinks, Not: true}, rule.InSet{Name: rule.RangeSet(f), Dirs: "dst"}},
+			Action: rule.Drop{}, Comment: "to an address of this node's range that no pod has"},
 		{Matches: append([]rule.Match{from}, notAFlow...), Action: rule.Drop{}, Comment: "from the middle of no known flow"},
 		{Matches: append([]rule.Match{to}, notAFlow...), Action: rule.Drop{}, Comment: "from the middle of no known flow"},
 		{Matches: []rule.Match{from}, Action: rule.Jump{Chain: ChainFrom}},

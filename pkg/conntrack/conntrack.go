@@ -12,30 +12,44 @@ import (
 // DeleteAddresses deletes every flow, in every zone, that has one of the addresses as source or destination, in its original or
 // its reply direction. It reads the table once for each family, however many addresses there are; without any, it does nothing.
 func DeleteAddresses(addrs ...netip.Addr) error {
-	wanted := map[uint8]map[netip.Addr]bool{}
+	wanted := map[netip.Addr]bool{}
+	var families Families
 	for _, addr := range addrs {
 		addr = addr.Unmap()
 		if !addr.IsValid() || addr.IsUnspecified() {
 			return fmt.Errorf("delete flows of %q: an address of a host is needed", addr)
 		}
-		if wanted[family(addr)] == nil {
-			wanted[family(addr)] = map[netip.Addr]bool{}
+		wanted[addr] = true
+		families.Add(addr)
+	}
+	if err := DeleteTouching(families, func(a netip.Addr) bool { return wanted[a] }); err != nil {
+		return fmt.Errorf("%w: of %v", err, addrs)
+	}
+	return nil
+}
+
+// Families are those that a deletion is about.
+type Families struct{ IPv4, IPv6 bool }
+
+// Add adds the family of an address.
+func (f *Families) Add(a netip.Addr) {
+	f.IPv4, f.IPv6 = f.IPv4 || a.Unmap().Is4(), f.IPv6 || !a.Unmap().Is4()
+}
+
+// DeleteTouching is [DeleteAddresses] for the addresses that which names.
+func DeleteTouching(families Families, which func(netip.Addr) bool) error {
+	for fam, asked := range map[uint8]bool{unix.AF_INET: families.IPv4, unix.AF_INET6: families.IPv6} {
+		if !asked {
+			continue
 		}
-		wanted[family(addr)][addr] = true
-	}
-	if len(wanted) == 0 {
-		return nil
-	}
-	t, err := open()
-	if err != nil {
-		return err
-	}
-	defer t.Close()
-	for fam, of := range wanted {
-		err = errors.Join(err, t.deleteEach(fam, func(f Flow) bool { return f.touches(func(a netip.Addr) bool { return of[a] }) }))
-	}
-	if err != nil {
-		return fmt.Errorf("delete flows of %v: %w", addrs, err)
+		t, err := open()
+		if err == nil {
+			err = t.deleteEach(fam, func(f Flow) bool { return f.touches(which) })
+			t.Close()
+		}
+		if err != nil {
+			return fmt.Errorf("delete flows: %w", err)
+		}
 	}
 	return nil
 }

@@ -192,7 +192,10 @@ func (w *work) leave(s *set) error {
 	if len(entries) == 0 || w.instead[s.Name] != "" { // who stands in has only what is wanted
 		return nil
 	}
-	w.result.Tightened = w.result.Tightened || s.Role == rule.Peers || s.Role == rule.Open
+	if s.Role == rule.Peers || s.Role == rule.Open {
+		lost := func(e rule.Entry) bool { return !e.Prefix.IsSingleIP() || !w.plane.Idle[e.Prefix.Addr()] }
+		w.result.Tightened = w.result.Tightened || slices.ContainsFunc(entries, lost)
+	}
 	err := w.plane.fail("leave")
 	if err == nil {
 		err = w.plane.sets.Del(s.Name, entries...)

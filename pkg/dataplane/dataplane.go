@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -37,6 +38,9 @@ type Plane struct {
 	// it may hold.
 	Bridge func(f rule.Family, openSet string, joining, leaving []string, wanted iter.Seq2[string, bool],
 		still func(chain string) bool) []rule.Chain
+
+	// Idle are addresses that have no flows to lose: that they leave a set tightens nothing.
+	Idle map[netip.Addr]bool
 
 	scope  Scope
 	family map[rule.Family]*family

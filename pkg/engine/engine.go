@@ -64,6 +64,8 @@ const (
 	portDelay = 150 * time.Millisecond
 	// judgeAgain is how long after a change flows are judged a second time, for packets that were on their way.
 	judgeAgain = 100 * time.Millisecond
+	// sweepAfter is how long after a pod has gone its flows are ended, for packets that were on their way, and for others to go too.
+	sweepAfter = 250 * time.Millisecond
 	// applyLimit is how long one pass may write.
 	applyLimit = 45 * time.Second
 	retryFirst = 100 * time.Millisecond
@@ -91,12 +93,15 @@ type Engine struct {
 	// are those that the kernel has as ready.
 	recorded       map[string]bool
 	ready, guarded map[pair]attachment.Key
-	suspects       suspects // to be judged when something was taken away
-	again, next    suspects // to be judged a second time, and those after them
-	portsSeen      bool
-	blind          bool // sets could not be counted the last time
-	retry          time.Duration
-	reported       map[string]bool // problems that the log has already
+	// clean are the ranges of this node whose free addresses have no flows, stale the addresses that may have some nonetheless.
+	clean       map[netip.Prefix]bool
+	stale       map[netip.Addr]bool
+	suspects    suspects // to be judged when something was taken away
+	again, next suspects // to be judged a second time, and those after them
+	portsSeen   bool
+	blind       bool // sets could not be counted the last time
+	retry       time.Duration
+	reported    map[string]bool // problems that the log has already
 
 	mu      sync.Mutex
 	waiters []*waiter
@@ -116,7 +121,7 @@ func New(c Config) (*Engine, error) {
 	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true,
 		untouched: map[rule.Family]bool{rule.IPv4: true, rule.IPv6: true},
 		index:     policy.NewIndex(), placed: map[string]placed{}, records: map[attachment.Key]*attachment.Attachment{},
-		guarded: map[pair]attachment.Key{}, reported: map[string]bool{}, pods: map[string]PodStatus{}}
+		guarded: map[pair]attachment.Key{}, clean: map[netip.Prefix]bool{}, stale: map[netip.Addr]bool{}, reported: map[string]bool{}, pods: map[string]PodStatus{}}
 	// A predecessor may have ended before it has judged the flows that its last change took something away from.
 	e.suspects = suspects{due: true, all: true}
 	var err, err2 error
@@ -178,7 +183,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 	defer beat.Stop()
 	defer glance.Stop()
 	defer compare.Stop()
-	var again, retry <-chan time.Time
+	var again, sweep, retry <-chan time.Time
 	var found damage
 	looks, portLooks := pacer{pause: lookPause}, pacer{pause: portPause, delay: portDelay}
 	e.pulse()
@@ -220,6 +225,9 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			again = nil
 			_ = e.judge(e.again) // it has reported its error
 			e.again, e.next = e.next, suspects{}
+		case <-sweep:
+			sweep = nil
+			e.sweep()
 		case <-retry:
 			retry, pass = nil, true
 		}
@@ -232,6 +240,9 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		}
 		if found.ports {
 			portLooks.ask()
+		}
+		if sweep == nil && len(e.stale) > 0 {
+			sweep = time.After(sweepAfter)
 		}
 		if again == nil && e.again.some() {
 			again = time.After(judgeAgain)

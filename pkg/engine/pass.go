@@ -11,7 +11,6 @@ import (
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/compile"
-	"github.com/postern-cni/postern/pkg/conntrack"
 	"github.com/postern-cni/postern/pkg/dataplane"
 	"github.com/postern-cni/postern/pkg/object"
 	"github.com/postern-cni/postern/pkg/policy"
@@ -62,15 +61,19 @@ func (e *Engine) learn(changes object.Changes) policy.Delta {
 	}
 	update := policy.Changes{Changes: changes}
 	if e.moved {
-		update.Locals, update.NewLocals = e.locals(func(key string) *object.Pod {
+		update.Ranges, update.NewLocals = e.ranges(), true
+		update.Locals = e.locals(func(key string) *object.Pod {
 			if p, changed := changes.Pods[key]; changed {
 				return p
 			}
 			return e.index.Pod(key)
-		}), true
+		})
 		e.moved = false
 	}
 	delta := e.index.Update(update)
+	for _, p := range delta.OldRanges {
+		delete(e.clean, p)
+	}
 	for _, f := range rule.Families {
 		if e.wanted {
 			e.plane.Change(compile.Patch(e.index, delta, f))
@@ -139,12 +142,15 @@ func match(known func(key string) *object.Pod, a *attachment.Attachment) (*objec
 
 // apply writes into the kernel what is wanted and not there.
 func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
+	e.plane.Idle = map[netip.Addr]bool{}
+	e.parted()
 	var fresh []pair
 	for p, key := range e.ready {
 		if e.guarded[p] == key {
 			continue
 		}
 		fresh = append(fresh, p)
+		e.plane.Idle[p.address] = true
 		// The plugin takes a pod out of these by itself, so what was written for a former sandbox may be gone.
 		f, entry := rule.FamilyOf(p.address), p.entry()
 		for _, set := range []string{rule.ReadySet(f), rule.OpenSet(f, rule.Ingress), rule.OpenSet(f, rule.Egress)} {
@@ -159,7 +165,10 @@ func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 	result, err := e.plane.Apply(ctx, func(so dataplane.Result) error {
 		e.suspects.due = e.suspects.due || so.Tightened
 		// What is put right after a failure may have been open to anybody, by us or by somebody else.
-		e.suspects.all = e.suspects.all || so.Tightened && so.Reread
+		if so.Tightened && so.Reread {
+			e.suspects.all = true
+			clear(e.clean)
+		}
 		if e.suspects.due && e.judge(e.suspects) != nil {
 			return errors.New("live flows could not be judged")
 		}
@@ -182,18 +191,4 @@ func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 
 func (p pair) entry() rule.Entry {
 	return rule.Entry{Prefix: netip.PrefixFrom(p.address, p.address.BitLen()), Iface: p.link}
-}
-
-// inheritNothing ends the flows of addresses that are about to become ready: they are a former owner's. What the kernel holds
-// as ready when policyd starts was guarded by its predecessor, and keeps its flows.
-func (e *Engine) inheritNothing(fresh []pair) error {
-	var addresses []netip.Addr
-	for _, p := range fresh {
-		f := rule.FamilyOf(p.address)
-		if e.untouched[f] && (!e.plane.Known(f) || e.plane.Holds(f, rule.ReadySet(f), p.entry())) {
-			continue // of a family that could not be read, nobody becomes ready
-		}
-		addresses = append(addresses, p.address)
-	}
-	return conntrack.DeleteAddresses(addresses...)
 }

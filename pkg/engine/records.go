@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"io/fs"
+	"net/netip"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -62,6 +63,30 @@ func (e *Engine) readRecords() []error {
 	}
 	e.records, e.moved, e.relist = now, true, false
 	return errs
+}
+
+// ranges lists the prefixes whose addresses only this node's pods have: those of each network's newest record, for a configuration
+// may have changed. One that has an address of a pod that is not ours to guard is left out.
+func (e *Engine) ranges() (list []netip.Prefix) {
+	newest := map[string]*attachment.Attachment{}
+	var others []netip.Addr
+	for _, a := range e.records {
+		if a.Policy != attachment.PolicyEnforce {
+			others = append(others, a.Addresses...)
+			continue
+		}
+		if other := newest[a.Network]; other == nil || other.Created.Before(a.Created) {
+			newest[a.Network] = a
+		}
+	}
+	for _, a := range newest {
+		for _, p := range a.Ranges {
+			if !slices.ContainsFunc(others, p.Contains) {
+				list = append(list, p)
+			}
+		}
+	}
+	return list
 }
 
 // attached returns the attachments that policies speak of, one for each link: of two, the newer sandbox's, for the older's DEL is

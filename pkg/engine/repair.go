@@ -128,6 +128,7 @@ func (e *Engine) repair(ctx context.Context, d damage) {
 		e.repaired("policies", what)
 		if len(what) > 0 {
 			e.suspects.due, e.suspects.all = true, true
+			clear(e.clean)
 		}
 	}
 }

@@ -91,6 +91,32 @@ func TestARangesFileHasTheSameNameInEveryProcess(t *testing.T) {
 	}
 }
 
+func TestPrefixesOfARange(t *testing.T) {
+	p, a := netip.MustParsePrefix, netip.MustParseAddr
+	for _, tt := range []struct {
+		r    Range
+		want string
+	}{
+		{subnet("10.0.0.0/24"), "[10.0.0.0/24]"},
+		{subnet("fd00::/64"), "[fd00::/64]"},
+		{Range{Subnet: p("10.0.0.0/24"), Start: a("10.0.0.8"), End: a("10.0.0.23")}, "[10.0.0.8/29 10.0.0.16/29]"},
+		{Range{Subnet: p("10.0.0.0/28"), Exclude: []netip.Prefix{p("10.0.0.4/30")}}, "[10.0.0.2/31 10.0.0.8/30 10.0.0.12/31 10.0.0.14/32]"},
+		{Range{Subnet: p("10.0.0.0/29"), Gateway: a("10.0.0.6")}, "[10.0.0.1/32 10.0.0.2/31 10.0.0.4/31]"},
+		{Range{Subnet: p("255.255.255.0/24"), Start: a("255.255.255.254"), End: a("255.255.255.255"), Gateway: a("255.255.255.1")},
+			"[255.255.255.254/32]"},
+	} {
+		if got := fmt.Sprint(tt.r.Prefixes()); got != tt.want {
+			t.Errorf("%+v: %s, want %s", tt.r, got, tt.want)
+		}
+		s := newSpan(tt.r)
+		for addr := s.from(s.first); addr.IsValid() && s.size() < 1000; addr = s.from(addr.Next()) {
+			if !slices.ContainsFunc(tt.r.Prefixes(), func(p netip.Prefix) bool { return p.Contains(addr) }) {
+				t.Errorf("%+v: %s is given out and in none of the prefixes", tt.r, addr)
+			}
+		}
+	}
+}
+
 func TestRangeSizes(t *testing.T) {
 	for _, tt := range []struct {
 		r    Range

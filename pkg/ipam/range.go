@@ -55,6 +55,44 @@ func (r Range) Check() error {
 	return nil
 }
 
+// Prefixes are what the range gives out, as few prefixes as can be. The subnet's own addresses (network, broadcast, and a gateway that
+// nobody named) are counted as given out where they are no more than holes of it: nobody else has them either.
+func (r Range) Prefixes() []netip.Prefix {
+	r.Subnet = r.Subnet.Masked()
+	if !r.Start.IsValid() && !r.End.IsValid() && !r.Gateway.IsValid() && len(r.Exclude) == 0 {
+		return []netip.Prefix{r.Subnet}
+	}
+	var all []netip.Prefix
+	s := newSpan(r)
+	from := s.first
+	for _, h := range append(s.holes, hole{first: s.last.Next()}) {
+		if !h.first.IsValid() { // the last address of all has none after it
+			all = append(all, between(from, s.last)...)
+		} else if from.Less(h.first) {
+			all = append(all, between(from, h.first.Prev())...)
+		}
+		from = h.last.Next()
+	}
+	return all
+}
+
+// between covers the addresses from first to last, both included.
+func between(first, last netip.Addr) (all []netip.Prefix) {
+	for first.IsValid() && !last.Less(first) {
+		p := netip.PrefixFrom(first, first.BitLen())
+		for p.Bits() > 0 {
+			wider := netip.PrefixFrom(first, p.Bits()-1)
+			if wider.Masked().Addr() != first || last.Less(lastOf(wider)) {
+				break
+			}
+			p = wider
+		}
+		all = append(all, p)
+		first = lastOf(p).Next()
+	}
+	return all
+}
+
 // Overlaps reports whether both give out, or could give out, the same address.
 func (r Range) Overlaps(other Range) bool {
 	a, b := newSpan(r), newSpan(other)

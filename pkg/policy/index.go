@@ -20,6 +20,7 @@ type Index struct {
 	pods       map[string]*pod
 	namespaces map[string]*namespace
 	local      map[string]*Guarded // by interface
+	ranges     []netip.Prefix      // sorted
 	policies   int
 	problems   map[string]Problem // by policy
 	// claims are who says that an address is his.
@@ -63,8 +64,9 @@ type policy struct {
 // Changes are what an [Index] takes in.
 type Changes struct {
 	object.Changes
-	// Locals are all interfaces of this node, if NewLocals says so.
+	// Locals are all interfaces of this node, and Ranges all its prefixes, if NewLocals says so.
 	Locals    []Local
+	Ranges    []netip.Prefix
 	NewLocals bool
 }
 
@@ -75,6 +77,8 @@ type Delta struct {
 	Groups     map[*Group]*GroupChange
 	// Blocks are true if they are needed now and were not, false if they are not needed any more.
 	Blocks map[*Blocks]bool
+	// NewRanges are this node's prefixes that were not before, OldRanges those that are not any more.
+	NewRanges, OldRanges []netip.Prefix
 }
 
 // Replaced is an interface before and after; nil where it is not there.
@@ -120,6 +124,9 @@ func (x *Index) Interfaces(egress bool) []string {
 	return list
 }
 
+// Ranges lists the prefixes whose addresses only this node's pods have, sorted.
+func (x *Index) Ranges() []netip.Prefix { return x.ranges }
+
 // Addresses lists the addresses of this node's interfaces.
 func (x *Index) Addresses() []netip.Addr {
 	var list []netip.Addr
@@ -161,6 +168,7 @@ func (x *Index) Update(c Changes) Delta {
 	}
 	if c.NewLocals {
 		u.locals(c.Locals)
+		u.rangesAre(c.Ranges)
 	}
 	for p := range u.reclaim {
 		u.claimByStatus(p)
@@ -321,6 +329,22 @@ func (u *update) locals(list []Local) {
 	for link, l := range now {
 		if u.local[link] == nil {
 			u.link(l)
+		}
+	}
+}
+
+// rangesAre replaces this node's prefixes.
+func (u *update) rangesAre(now []netip.Prefix) {
+	before := u.ranges
+	u.ranges = slices.Compact(slices.SortedFunc(slices.Values(now), netip.Prefix.Compare))
+	for _, p := range u.ranges {
+		if !slices.Contains(before, p) {
+			u.delta.NewRanges = append(u.delta.NewRanges, p)
+		}
+	}
+	for _, p := range before {
+		if !slices.Contains(u.ranges, p) {
+			u.delta.OldRanges = append(u.delta.OldRanges, p)
 		}
 	}
 }

@@ -17,6 +17,8 @@ type Input struct {
 	Cluster object.Cluster
 	// Local are the pod interfaces of this node, attached or expected.
 	Local []Local
+	// Ranges are the prefixes whose addresses only this node's pods have.
+	Ranges []netip.Prefix
 }
 
 // Local is one interface of a pod on this node.
@@ -35,6 +37,8 @@ type Local struct {
 type Model struct {
 	// Pods has one element for each of [Input.Local], sorted by interface.
 	Pods []*Guarded
+	// Ranges are those of the input, sorted.
+	Ranges []netip.Prefix
 	// Problems are the policies that cannot be used as written, sorted by policy.
 	Problems []Problem
 
@@ -186,7 +190,7 @@ func (r *Rule) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint1
 // Resolve works out the model from nothing.
 func Resolve(in Input) *Model {
 	x := NewIndex()
-	x.Update(Changes{Changes: object.Diff(object.Cluster{}, in.Cluster), Locals: in.Local, NewLocals: true})
+	x.Update(Changes{Changes: object.Diff(object.Cluster{}, in.Cluster), Locals: in.Local, Ranges: in.Ranges, NewLocals: true})
 	return x.Model()
 }
 
@@ -194,7 +198,7 @@ func Resolve(in Input) *Model {
 func (x *Index) Model() *Model {
 	m := &Model{at: map[netip.Addr]*Guarded{}}
 	m.Pods = slices.SortedFunc(maps.Values(x.local), func(a, b *Guarded) int { return strings.Compare(a.Interface, b.Interface) })
-	m.Problems = x.Problems()
+	m.Ranges, m.Problems = x.ranges, x.Problems()
 	for a := range x.claims {
 		if g := x.At(a); g != nil {
 			m.at[a] = g

@@ -26,6 +26,9 @@ func OpenSet(f Family, d Direction) string { return SetPrefix + "open-" + string
 // LocalSet holds the addresses of this node's pods.
 func LocalSet(f Family) string { return SetPrefix + "local-" + f.digit() }
 
+// RangeSet holds the prefixes whose addresses only this node's pods have.
+func RangeSet(f Family) string { return SetPrefix + "range-" + f.digit() }
+
 func (f Family) digit() string {
 	if f == IPv4 {
 		return "4"

@@ -1,0 +1,108 @@
+package engine
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/postern-cni/postern/pkg/conntrack"
+	"github.com/postern-cni/postern/pkg/rule"
+)
+
+// A pod inherits nothing from the former owner of its address, so before an address becomes ready its flows are ended. To find them
+// takes a reading of the whole table, milliseconds even of an empty one, which nobody should wait for in an ADD. But from or to an
+// address of this node's ranges that nobody has, no flow can begin: the rules drop its first packet. So once the flows of a range
+// have been ended (clean), there are only those of addresses whose pods have gone since (stale), and these are ended soon after
+// (sweep). When the rules were not in force for a while, all ranges are looked at again.
+
+// parted notes the addresses that are not ready any more. Their flows need no judge: nothing of them passes from now on.
+func (e *Engine) parted() {
+	var keeps map[netip.Addr]bool
+	for p, key := range e.guarded {
+		if e.ready[p] == key || !e.inClean(p.address) {
+			continue
+		}
+		if keeps == nil {
+			keeps = e.keeps()
+		}
+		if !keeps[p.address] {
+			e.stale[p.address], e.plane.Idle[p.address] = true, true
+		}
+	}
+}
+
+// keeps are the addresses that were ready and stay so.
+func (e *Engine) keeps() map[netip.Addr]bool {
+	keeps := make(map[netip.Addr]bool, len(e.guarded))
+	for p, key := range e.guarded {
+		if e.ready[p] == key {
+			keeps[p.address] = true
+		}
+	}
+	return keeps
+}
+
+func (e *Engine) inClean(a netip.Addr) bool {
+	for p := range e.clean {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// inheritNothing ends the flows of addresses that are about to become ready: they are a former owner's. It does that for all free
+// addresses of ranges that are new. What the kernel holds as ready when policyd starts was guarded by its predecessor, and keeps
+// its flows.
+func (e *Engine) inheritNothing(fresh []pair) error {
+	taken, doomed := map[netip.Addr]bool{}, map[netip.Addr]bool{}
+	var families conntrack.Families
+	for _, p := range fresh {
+		f := rule.FamilyOf(p.address)
+		switch {
+		case !e.plane.Known(f): // of a family that could not be read, nobody becomes ready
+		case e.untouched[f] && e.plane.Holds(f, rule.ReadySet(f), p.entry()):
+			taken[p.address] = true
+		case e.stale[p.address] || !e.inClean(p.address):
+			doomed[p.address] = true
+			families.Add(p.address)
+		}
+	}
+	var ranges []netip.Prefix
+	for _, p := range e.index.Ranges() {
+		if !e.clean[p] && e.plane.Known(rule.FamilyOf(p.Addr())) {
+			ranges = append(ranges, p)
+			families.Add(p.Addr())
+		}
+	}
+	if families == (conntrack.Families{}) {
+		return nil
+	}
+	maps.Copy(taken, e.keeps())
+	err := conntrack.DeleteTouching(families, func(a netip.Addr) bool {
+		return doomed[a] || !taken[a] && slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(a) })
+	})
+	if err != nil {
+		return err
+	}
+	for a := range doomed {
+		delete(e.stale, a)
+	}
+	for _, p := range ranges {
+		e.clean[p] = true
+	}
+	return nil
+}
+
+// sweep ends the flows of addresses whose pods have gone.
+func (e *Engine) sweep() {
+	var addrs []netip.Addr
+	for a := range e.stale {
+		addrs = append(addrs, a)
+	}
+	if err := conntrack.DeleteAddresses(addrs...); err != nil {
+		e.fail("conntrack", "cannot end the flows of pods that have gone; trying again", err)
+		return
+	}
+	clear(e.stale)
+}

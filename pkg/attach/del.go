@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"slices"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -71,11 +72,14 @@ func known(store *attachment.Store, cfg *cniconf.Config) (*attachment.Attachment
 // detach takes an attachment apart in the order of the package's comment. It goes on after an error, but for the address:
 // what still leads to it must not lead to a new owner.
 func detach(ctx context.Context, cfg *cniconf.Config, store *attachment.Store, a *attachment.Attachment) error {
-	errs := []error{
-		unready(a.HostInterface, a.Addresses), podlink.Delete(a.HostInterface, a.Key()), conntrack.DeleteAddresses(a.Addresses...),
-	}
-	if len(a.PortMappings) > 0 {
+	errs := []error{unready(a.HostInterface, a.Addresses)}
+	deleted := podlink.StartDelete(a.HostInterface, a.Key())
+	if len(a.PortMappings) > 0 { // the kernel waits for both, for a grace period of RCU each: let that be the same one
 		errs = append(errs, unmap(ctx, cfg, store, a))
+	}
+	errs = append(errs, deleted())
+	if !sweptByPolicyd(a) {
+		errs = append(errs, conntrack.DeleteAddresses(a.Addresses...))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -87,6 +91,15 @@ func detach(ctx context.Context, cfg *cniconf.Config, store *attachment.Store, a
 		return pool(cfg).Release(a.Key())
 	}
 	return delegateDel(ctx, cfg)
+}
+
+// sweptByPolicyd reports whether policyd ends the flows of the addresses: it does that for all of the ranges that it knows of, now, or
+// when it comes back, and always before an address is ready again.
+func sweptByPolicyd(a *attachment.Attachment) bool {
+	known := func(addr netip.Addr) bool {
+		return slices.ContainsFunc(a.Ranges, func(p netip.Prefix) bool { return p.Contains(addr) })
+	}
+	return a.Policy == attachment.PolicyEnforce && !slices.ContainsFunc(a.Addresses, func(addr netip.Addr) bool { return !known(addr) })
 }
 
 func unmap(ctx context.Context, cfg *cniconf.Config, store *attachment.Store, a *attachment.Attachment) error {

@@ -5,6 +5,6 @@
 // The record comes before the kernel is touched, so that DEL and GC find whatever a killed ADD leaves. The connection to
 // policyd comes before the link, since a link is closed only as long as policyd's rules are in force.
 //
-// DEL: the ready entry, the link, flows, host ports, the record, and the addresses last. It needs the container ID and the
-// interface name alone; every part may be missing, and what belongs to another container stays.
+// DEL: the ready entry, the link and host ports at the same time, flows, the record, and the addresses last. It needs the container ID
+// and the interface name alone; every part may be missing, and what belongs to another container stays.
 package attach

@@ -394,21 +394,31 @@ func bySource(h *netlink.Handle, index int, a netip.Addr, everything netip.Prefi
 // Delete removes the link if it belongs to the attachment: by its alias, or because it has none yet, which only a killed ADD
 // leaves. That there is no such link is no error; nor is it that the pod's namespace has taken it along meanwhile. The caller
 // holds the lock of the host interface.
-func Delete(hostInterface string, owner attachment.Key) error {
-	link, err := netlink.LinkByName(hostInterface)
-	if notFound(err) {
-		return nil
+func Delete(hostInterface string, owner attachment.Key) error { return StartDelete(hostInterface, owner)() }
+
+// StartDelete begins a [Delete], in the network namespace of the calling thread. What it returns waits until it is done.
+func StartDelete(hostInterface string, owner attachment.Key) (done func() error) {
+	failed := func(err error) error {
+		if err == nil || gone(err) {
+			return nil
+		}
+		return fmt.Errorf("delete link %s: %w", hostInterface, err)
 	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE) // a connection stays in its namespace, whatever thread uses it
 	if err != nil {
-		return fmt.Errorf("delete link %s: %w", hostInterface, err)
+		return func() error { return failed(err) }
 	}
-	if alias := link.Attrs().Alias; alias != "" && alias != owner.String() {
-		return nil
+	link, err := h.LinkByName(hostInterface)
+	if err != nil || link.Attrs().Alias != "" && link.Attrs().Alias != owner.String() {
+		h.Close()
+		return func() error { return failed(err) }
 	}
-	if err := netlink.LinkDel(link); err != nil && !gone(err) {
-		return fmt.Errorf("delete link %s: %w", hostInterface, err)
-	}
-	return nil
+	ended := make(chan error, 1)
+	go func() {
+		defer h.Close()
+		ended <- h.LinkDel(link)
+	}()
+	return func() error { return failed(<-ended) }
 }
 
 // Owned returns the links of ours whose alias is the attachment's key: for a DEL that finds no record.

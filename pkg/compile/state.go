@@ -51,7 +51,7 @@ func State(m *policy.Model, f rule.Family) *rule.State {
 	for _, d := range directions {
 		var isolated []string
 		for _, g := range m.Pods {
-			if side := g.Side(d == rule.Egress); side.Isolated {
+			if side := g.Side(d == rule.Egress); side.Isolated && m.Serves(f == rule.IPv4) {
 				isolated = append(isolated, g.Interface)
 				mangle = append(mangle, podChain(g, d, f))
 				needs(side, f, sets)
@@ -104,84 +104,126 @@ func needs(side *policy.Side, f rule.Family, sets map[string]rule.Set) {
 // of the index's model.
 func Patch(x *policy.Index, d policy.Delta, f rule.Family) *rule.Patch {
 	p := rule.NewPatch(f)
+	before, now := d.Served(f == rule.IPv4), x.Serves(f == rule.IPv4)
+	regroup(p, x, d, before, now)
+	p.Join[rule.RangeSet(f)] = append(p.Join[rule.RangeSet(f)], rangeEntries(d.NewRanges, f)...)
+	p.Leave[rule.RangeSet(f)] = append(p.Leave[rule.RangeSet(f)], rangeEntries(d.OldRanges, f)...)
+	for _, i := range d.Interfaces {
+		reenter(p, x, i)
+	}
+	for _, direction := range directions {
+		rechain(p, x, d, direction, before, now)
+	}
+	return p
+}
+
+// regroup has the sets of peers follow, in a family that is served: before, or now, or both.
+func regroup(p *rule.Patch, x *policy.Index, d policy.Delta, before, now bool) {
+	if !before && !now {
+		return
+	}
+	f := p.Family
+	if before != now { // all come, or all go
+		for g := range x.Groups() {
+			s := ofGroup(g, f)
+			p.Sets[s.Name] = only(now, &s)
+		}
+		for b := range x.Blocks() {
+			if s, any := ofBlocks(b, f); any {
+				p.Sets[s.Name] = only(now, &s)
+			}
+		}
+	}
 	for g, c := range d.Groups {
 		switch name := groupSet(g, f); {
+		case c.Dropped:
+			p.Sets[name] = nil
+		case before != now:
 		case c.Created:
 			s := ofGroup(g, f)
 			p.Sets[name] = &s
-		case c.Dropped:
-			p.Sets[name] = nil
 		default:
 			p.Join[name] = memberEntries(g, c.Joined, f)
 			p.Leave[name] = memberEntries(g, c.Left, f)
 		}
 	}
 	for b, needed := range d.Blocks {
-		if s, any := ofBlocks(b, f); any && needed {
-			p.Sets[s.Name] = &s
-		} else if any {
-			p.Sets[s.Name] = nil
+		if s, any := ofBlocks(b, f); any && (!needed || before == now) {
+			p.Sets[s.Name] = only(needed, &s)
 		}
 	}
-	for _, i := range d.Interfaces {
-		replace(p, x, i)
-	}
-	p.Join[rule.RangeSet(f)] = append(p.Join[rule.RangeSet(f)], rangeEntries(d.NewRanges, f)...)
-	p.Leave[rule.RangeSet(f)] = append(p.Leave[rule.RangeSet(f)], rangeEntries(d.OldRanges, f)...)
-	for _, direction := range directions {
-		redispatch(p, x, d, direction)
-	}
-	return p
 }
 
-// replace adds what follows from an interface's new guard.
-func replace(p *rule.Patch, x *policy.Index, i policy.Replaced) {
-	f := p.Family
+func only[T any](wanted bool, v *T) *T {
+	if wanted {
+		return v
+	}
+	return nil
+}
+
+// reenter adds what follows from an interface's new guard for the sets that interfaces are in.
+func reenter(p *rule.Patch, x *policy.Index, i policy.Replaced) {
 	has := map[string]map[rule.Entry]bool{}
-	entriesOf(i.New, f, func(set string, e rule.Entry) {
+	entriesOf(i.New, p.Family, func(set string, e rule.Entry) {
 		if has[set] == nil {
 			has[set] = map[rule.Entry]bool{}
 		}
 		has[set][e] = true
 		p.Join[set] = append(p.Join[set], e)
 	})
-	entriesOf(i.Old, f, func(set string, e rule.Entry) {
+	entriesOf(i.Old, p.Family, func(set string, e rule.Entry) {
 		// Another interface may have the address too.
 		if !has[set][e] && (e.Iface != "" || x.At(e.Prefix.Addr()) == nil) {
 			p.Leave[set] = append(p.Leave[set], e)
 		}
 	})
-	for _, d := range directions {
-		switch {
-		case i.New != nil && i.New.Side(d == rule.Egress).Isolated:
-			chain := podChain(i.New, d, f)
-			p.SetChain(rule.Mangle, chain.Name, chain.Rules)
-		case i.Old != nil && i.Old.Side(d == rule.Egress).Isolated:
-			p.SetChain(rule.Mangle, ChainOf(d, i.Old.Interface), nil)
-		}
-	}
 }
 
-// redispatch grows the tree of a direction anew if other interfaces are isolated now.
-func redispatch(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direction) {
+// rechain writes the chains of the interfaces that have another guard, or all if the family is served now and was not, and grows the
+// tree anew if others are isolated now. A family that is not served has none of them.
+func rechain(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direction, before, now bool) {
 	isolated := func(g *policy.Guarded) bool { return g != nil && g.Side(d == rule.Egress).Isolated }
-	if !slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.Old) != isolated(i.New) }) {
-		return
+	var were, are []string
+	if now {
+		are = x.Interfaces(d == rule.Egress)
 	}
-	now := x.Interfaces(d == rule.Egress)
-	before := slices.DeleteFunc(slices.Clone(now), func(link string) bool {
-		return slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.New) && i.New.Interface == link })
-	})
-	for _, i := range delta.Interfaces {
-		if isolated(i.Old) {
-			before = append(before, i.Old.Interface)
+	if before {
+		were = slices.DeleteFunc(slices.Clone(x.Interfaces(d == rule.Egress)), func(link string) bool {
+			return slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.New) && i.New.Interface == link })
+		})
+		for _, i := range delta.Interfaces {
+			if isolated(i.Old) {
+				were = append(were, i.Old.Interface)
+			}
+		}
+		slices.Sort(were)
+	}
+	write := func(g *policy.Guarded) {
+		chain := podChain(g, d, p.Family)
+		p.SetChain(rule.Mangle, chain.Name, chain.Rules)
+	}
+	for _, link := range were {
+		if _, still := slices.BinarySearch(are, link); !still {
+			p.SetChain(rule.Mangle, ChainOf(d, link), nil)
 		}
 	}
-	slices.Sort(before)
-	for _, chain := range dispatch(d, before, p.Family) {
+	for _, i := range delta.Interfaces {
+		if now && isolated(i.New) {
+			write(i.New)
+		}
+	}
+	if slices.Equal(were, are) {
+		return
+	}
+	if !before {
+		for _, link := range are {
+			write(x.Local(link))
+		}
+	}
+	for _, chain := range dispatch(d, were, p.Family) {
 		p.SetChain(rule.Mangle, chain.Name, nil)
 	}
-	for _, chain := range dispatch(d, now, p.Family) {
+	for _, chain := range dispatch(d, are, p.Family) {
 		p.SetChain(rule.Mangle, chain.Name, chain.Rules)
 	}
 }

@@ -394,7 +394,9 @@ func bySource(h *netlink.Handle, index int, a netip.Addr, everything netip.Prefi
 // Delete removes the link if it belongs to the attachment: by its alias, or because it has none yet, which only a killed ADD
 // leaves. That there is no such link is no error; nor is it that the pod's namespace has taken it along meanwhile. The caller
 // holds the lock of the host interface.
-func Delete(hostInterface string, owner attachment.Key) error { return StartDelete(hostInterface, owner)() }
+func Delete(hostInterface string, owner attachment.Key) error {
+	return StartDelete(hostInterface, owner)()
+}
 
 // StartDelete begins a [Delete], in the network namespace of the calling thread. What it returns waits until it is done.
 func StartDelete(hostInterface string, owner attachment.Key) (done func() error) {

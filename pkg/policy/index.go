@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -77,9 +78,14 @@ type Delta struct {
 	Groups     map[*Group]*GroupChange
 	// Blocks are true if they are needed now and were not, false if they are not needed any more.
 	Blocks map[*Blocks]bool
+	// served are the families of [Index.Serves] before, by whether they are IPv4.
+	served map[bool]bool
 	// NewRanges are this node's prefixes that were not before, OldRanges those that are not any more.
 	NewRanges, OldRanges []netip.Prefix
 }
+
+// Served is what [Index.Serves] said before the update.
+func (d Delta) Served(v4 bool) bool { return d.served[v4] }
 
 // Replaced is an interface before and after; nil where it is not there.
 type Replaced struct{ Old, New *Guarded }
@@ -127,6 +133,25 @@ func (x *Index) Interfaces(egress bool) []string {
 // Ranges lists the prefixes whose addresses only this node's pods have, sorted.
 func (x *Index) Ranges() []netip.Prefix { return x.ranges }
 
+// Serves reports whether an interface of this node has an address of a family, or can be given one: what the pods of a node without
+// IPv6 may do over IPv6 need not be worked out, for none of them is ready there.
+func (x *Index) Serves(v4 bool) bool { return serves(maps.Values(x.local), x.ranges, v4) }
+
+func serves(pods iter.Seq[*Guarded], ranges []netip.Prefix, v4 bool) bool {
+	for g := range pods {
+		for _, a := range g.Addresses {
+			if a.Is4() == v4 {
+				return true
+			}
+		}
+	}
+	return slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Addr().Is4() == v4 })
+}
+
+// Groups and Blocks list what the rules of this node's pods refer to.
+func (x *Index) Groups() iter.Seq[*Group]  { return maps.Values(x.groups) }
+func (x *Index) Blocks() iter.Seq[*Blocks] { return maps.Values(x.blocks) }
+
 // Addresses lists the addresses of this node's interfaces.
 func (x *Index) Addresses() []netip.Addr {
 	var list []netip.Addr
@@ -158,7 +183,8 @@ func (x *Index) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint
 
 // Update takes in what has changed and returns what follows from it.
 func (x *Index) Update(c Changes) Delta {
-	u := &update{Index: x, delta: Delta{Groups: map[*Group]*GroupChange{}, Blocks: map[*Blocks]bool{}},
+	u := &update{Index: x, delta: Delta{Groups: map[*Group]*GroupChange{}, Blocks: map[*Blocks]bool{},
+		served: map[bool]bool{true: x.Serves(true), false: x.Serves(false)}},
 		touched: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{}, reclaim: map[*pod]bool{}}
 	for name, ns := range c.Namespaces {
 		u.namespace(name, ns)

@@ -207,6 +207,9 @@ func (x *Index) Model() *Model {
 	return m
 }
 
+// Serves is [Index.Serves].
+func (m *Model) Serves(v4 bool) bool { return serves(slices.Values(m.Pods), m.Ranges, v4) }
+
 // Problems returns the policies that cannot be used as written, sorted by policy.
 func (x *Index) Problems() []Problem {
 	return slices.SortedFunc(maps.Values(x.problems), func(a, b Problem) int { return cmp.Compare(a.Policy, b.Policy) })

@@ -22,6 +22,9 @@
 // The drop of new flows of this node's range keeps the addresses that nobody has free of flows, so that a new owner inherits none,
 // and nobody needs to look for them while a pod is waiting (reading the flow table takes milliseconds).
 //
+// A family that no pod of the node has or can get an address of ([policy.Index.Serves]) has the shared chains alone, which drop
+// everything, for nobody is ready.
+//
 // Tables raw and filter hold one chain each: what a pod's link may not send at all, and the acceptance of pod traffic that
 // passed, for hosts whose FORWARD policy is DROP.
 package compile

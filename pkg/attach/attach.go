@@ -34,9 +34,11 @@ type adding struct {
 	cfg   *cniconf.Config
 	store *attachment.Store
 	gate  *gate.Client
-	ports *attachment.Lock
-	a     *attachment.Attachment
-	ipam  *types100.Result // of a delegated plugin
+	// patience is when the plugin stops waiting for policyd's word.
+	patience time.Time
+	ports    *attachment.Lock
+	a        *attachment.Attachment
+	ipam     *types100.Result // of a delegated plugin
 	// routes are the destinations that the container now reaches over the link.
 	routes []netip.Prefix
 }
@@ -94,6 +96,7 @@ func (add *adding) steps() []step {
 		{"reserve addresses", add.reserve, add.release},
 		{"host ports: lock", add.lockPorts, nil},
 		{"record", add.record, func(context.Context) error { return add.store.Delete(add.cfg.Key()) }},
+		{"ask policyd", add.ask, nil},
 		{"link", add.link, func(context.Context) error {
 			return podlink.Delete(add.cfg.HostInterface(), add.cfg.Key())
 		}},
@@ -122,22 +125,9 @@ func (add *adding) reserve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	node := add.cfg.NodeAddresses
-	for _, v4 := range []bool{true, false} {
-		if family(node, v4) != nil {
-			continue
-		}
-		found, err := podlink.NodeAddresses(family(addrs, v4))
-		if err != nil {
-			return err
-		}
-		node = append(node, found...)
-	}
-	mtu := add.cfg.MTU
-	if mtu == 0 {
-		if mtu, err = podlink.MTU(node); err != nil {
-			return err
-		}
+	node, mtu, err := add.nodeSide(addrs)
+	if err != nil {
+		return err
 	}
 	add.a = &attachment.Attachment{
 		Version:       1,
@@ -164,6 +154,30 @@ func (add *adding) reserve(ctx context.Context) error {
 		add.a.Ranges = append(add.a.Ranges, r.Prefixes()...)
 	}
 	return nil
+}
+
+// nodeSide is what the configuration says of the node's addresses and of the MTU, and what the node says where it is silent.
+func (add *adding) nodeSide(pod []netip.Addr) (addrs []netip.Addr, mtu int, err error) {
+	addrs, mtu = add.cfg.NodeAddresses, add.cfg.MTU
+	n, err := podlink.OpenNode()
+	if err != nil {
+		return nil, 0, err
+	}
+	defer n.Close()
+	for _, v4 := range []bool{true, false} {
+		if family(addrs, v4) != nil {
+			continue
+		}
+		found, err := n.Addresses(family(pod, v4))
+		if err != nil {
+			return nil, 0, err
+		}
+		addrs = append(addrs, found...)
+	}
+	if mtu == 0 {
+		mtu, err = n.MTU(addrs)
+	}
+	return addrs, mtu, err
 }
 
 func family(addrs []netip.Addr, v4 bool) (of []netip.Addr) {
@@ -209,6 +223,25 @@ func (add *adding) lockPorts(ctx context.Context) (err error) {
 
 func (add *adding) record(context.Context) error { return add.store.Put(add.a) }
 
+// ask has policyd begin while the link is made: it needs the record alone.
+func (add *adding) ask(ctx context.Context) error {
+	if add.gate == nil {
+		return nil
+	}
+	add.patience = time.Now().Add(add.cfg.GateTimeout)
+	ctx, cancel := context.WithDeadline(ctx, add.patience)
+	defer cancel()
+	return add.refused(add.gate.AskGuard(ctx, add.a))
+}
+
+func (add *adding) refused(err error) error {
+	if err == nil {
+		return nil
+	}
+	return coded(types.ErrTryAgainLater, fmt.Errorf("policyd has not guarded the pod within %s: %w; see `policyd status`",
+		add.cfg.GateTimeout, err))
+}
+
 func (add *adding) link(ctx context.Context) (err error) {
 	add.routes, err = podlink.Create(ctx, podlink.Link{Attachment: add.a, Routes: add.cfg.IPAM.Routes})
 	return err
@@ -245,18 +278,14 @@ func (add *adding) unlockPorts() {
 	}
 }
 
-// guard asks policyd and waits for its word.
+// guard waits for policyd's word.
 func (add *adding) guard(ctx context.Context) error {
 	if add.gate == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, add.cfg.GateTimeout)
+	ctx, cancel := context.WithDeadline(ctx, add.patience)
 	defer cancel()
-	if err := add.gate.Guard(ctx, add.a); err != nil {
-		return coded(types.ErrTryAgainLater, fmt.Errorf("policyd has not guarded the pod within %s: %w; see `policyd status`",
-			add.cfg.GateTimeout, err))
-	}
-	return nil
+	return add.refused(add.gate.Guarded(ctx))
 }
 
 func (add *adding) close() {

@@ -183,41 +183,33 @@ func reenter(p *rule.Patch, x *policy.Index, i policy.Replaced) {
 // tree anew if others are isolated now. A family that is not served has none of them.
 func rechain(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direction, before, now bool) {
 	isolated := func(g *policy.Guarded) bool { return g != nil && g.Side(d == rule.Egress).Isolated }
-	var were, are []string
-	if now {
-		are = x.Interfaces(d == rule.Egress)
-	}
-	if before {
-		were = slices.DeleteFunc(slices.Clone(x.Interfaces(d == rule.Egress)), func(link string) bool {
-			return slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.New) && i.New.Interface == link })
-		})
-		for _, i := range delta.Interfaces {
-			if isolated(i.Old) {
-				were = append(were, i.Old.Interface)
-			}
-		}
-		slices.Sort(were)
-	}
 	write := func(g *policy.Guarded) {
 		chain := podChain(g, d, p.Family)
 		p.SetChain(rule.Mangle, chain.Name, chain.Rules)
 	}
-	for _, link := range were {
-		if _, still := slices.BinarySearch(are, link); !still {
-			p.SetChain(rule.Mangle, ChainOf(d, link), nil)
-		}
-	}
+	others := before != now
 	for _, i := range delta.Interfaces {
 		if now && isolated(i.New) {
 			write(i.New)
 		}
+		others = others || now && isolated(i.Old) != isolated(i.New)
 	}
-	if slices.Equal(were, are) {
+	if !others {
 		return
 	}
+	were, are := isolatedBefore(x, delta, d), x.Interfaces(d == rule.Egress)
 	if !before {
+		were = nil
 		for _, link := range are {
 			write(x.Local(link))
+		}
+	}
+	if !now {
+		are = nil
+	}
+	for _, link := range were {
+		if _, still := slices.BinarySearch(are, link); !still {
+			p.SetChain(rule.Mangle, ChainOf(d, link), nil)
 		}
 	}
 	for _, chain := range dispatch(d, were, p.Family) {
@@ -226,6 +218,21 @@ func rechain(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Directio
 	for _, chain := range dispatch(d, are, p.Family) {
 		p.SetChain(rule.Mangle, chain.Name, chain.Rules)
 	}
+}
+
+// isolatedBefore are the interfaces that were isolated before the delta, sorted.
+func isolatedBefore(x *policy.Index, delta policy.Delta, d rule.Direction) []string {
+	isolated := func(g *policy.Guarded) bool { return g != nil && g.Side(d == rule.Egress).Isolated }
+	were := slices.DeleteFunc(x.Interfaces(d == rule.Egress), func(link string) bool {
+		return slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.New) && i.New.Interface == link })
+	})
+	for _, i := range delta.Interfaces {
+		if isolated(i.Old) {
+			were = append(were, i.Old.Interface)
+		}
+	}
+	slices.Sort(were)
+	return were
 }
 
 // raw drops what a pod's link may never send: a source that is not routed back to it, and packets for the node's loopback,

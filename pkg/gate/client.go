@@ -80,7 +80,20 @@ func (c *Client) Close() error { return c.conn.Close() }
 // Guard asks policyd to guard an attachment and waits for the answer as long as the context lasts. It returns nil once the
 // pod is guarded, a *[Refusal], or an error that says how the connection ended.
 func (c *Client) Guard(ctx context.Context, a *attachment.Attachment) error {
-	_, err := c.exchange(ctx, request{Guard: a})
+	if err := c.AskGuard(ctx, a); err != nil {
+		return err
+	}
+	return c.Guarded(ctx)
+}
+
+// AskGuard is the first half of [Client.Guard]: it asks and does not wait. The context's deadline is what policyd is told.
+func (c *Client) AskGuard(ctx context.Context, a *attachment.Attachment) error {
+	return c.request(ctx, request{Guard: a})
+}
+
+// Guarded is the second half.
+func (c *Client) Guarded(ctx context.Context) error {
+	_, err := c.answer(ctx)
 	return err
 }
 
@@ -98,12 +111,25 @@ func (c *Client) Ask(ctx context.Context, question string, body, reply any) erro
 }
 
 func (c *Client) exchange(ctx context.Context, r request) (json.RawMessage, error) {
-	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetDeadline(time.Unix(1, 0)) }) // ends a read that waits
+	if err := c.request(ctx, r); err != nil {
+		return nil, err
+	}
+	return c.answer(ctx)
+}
+
+func (c *Client) request(ctx context.Context, r request) error {
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	r.Deadline, _ = ctx.Deadline()
 	if err := json.NewEncoder(c.conn).Encode(r); err != nil {
-		return nil, fmt.Errorf("write to policyd: %w", err)
+		return fmt.Errorf("write to policyd: %w", err)
 	}
+	return nil
+}
+
+func (c *Client) answer(ctx context.Context) (json.RawMessage, error) {
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetDeadline(time.Unix(1, 0)) }) // ends a read that waits
+	defer stop()
 	var a answer
 	if err := json.NewDecoder(c.conn).Decode(&a); err != nil {
 		if ctx.Err() != nil {

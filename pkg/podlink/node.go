@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -16,19 +17,39 @@ import (
 // Destinations of the documentation blocks (RFC 5737, RFC 3849): asking for the route there finds the default route's source.
 var far = map[bool]net.IP{true: net.IPv4(192, 0, 2, 1).To4(), false: net.ParseIP("2001:db8::1")}
 
-// NodeAddresses finds the node's own address in each family that pods have: the source of its default route, else the first
-// address of global scope on a link that is no pod's. A family in which there is none is left out.
-func NodeAddresses(pods []netip.Addr) ([]netip.Addr, error) {
+// Node finds out about the node that the calling thread is on. It asks each thing once.
+type Node struct {
+	h       *netlink.Handle
+	sources map[bool]source // by "is IPv4"
+}
+
+// source is that of the default route, and the route's link.
+type source struct {
+	address netip.Addr // invalid where there is no such route
+	link    netlink.Link
+}
+
+// OpenNode opens a way to the kernel.
+func OpenNode() (*Node, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return &Node{h, map[bool]source{}}, nil
+}
+
+// Close closes it.
+func (n *Node) Close() { n.h.Close() }
+
+// Addresses finds the node's own address in each family that pods have: the source of its default route, else the first address of
+// global scope on a link that is no pod's. A family in which there is none is left out.
+func (n *Node) Addresses(pods []netip.Addr) ([]netip.Addr, error) {
 	var found []netip.Addr
 	for _, v4 := range []bool{true, false} {
-		wanted := false
-		for _, a := range pods {
-			wanted = wanted || a.Is4() == v4
-		}
-		if !wanted {
+		if !slices.ContainsFunc(pods, func(a netip.Addr) bool { return a.Is4() == v4 }) {
 			continue
 		}
-		a, err := nodeAddress(v4)
+		a, err := n.address(v4)
 		if err != nil {
 			return nil, err
 		}
@@ -39,15 +60,15 @@ func NodeAddresses(pods []netip.Addr) ([]netip.Addr, error) {
 	return found, nil
 }
 
-func nodeAddress(v4 bool) (netip.Addr, error) {
-	if a, _ := defaultSource(v4); a.IsValid() {
-		return a, nil
+func (n *Node) address(v4 bool) (netip.Addr, error) {
+	if s := n.source(v4); s.address.IsValid() {
+		return s.address, nil
 	}
-	links, err := links()
+	links, err := n.links()
 	if err != nil {
 		return netip.Addr{}, err
 	}
-	addrs, err := addresses(v4)
+	addrs, err := addresses(n.h, v4)
 	if err != nil {
 		return netip.Addr{}, err
 	}
@@ -60,19 +81,23 @@ func nodeAddress(v4 bool) (netip.Addr, error) {
 	return netip.Addr{}, nil
 }
 
-// defaultSource is the source address of the default route, and its link's index; invalid where there is no such route. It
-// costs the same however many pods there are.
-func defaultSource(v4 bool) (netip.Addr, int) {
-	routes, err := netlink.RouteGet(far[v4])
+// source costs the same however many pods there are.
+func (n *Node) source(v4 bool) source {
+	if s, asked := n.sources[v4]; asked {
+		return s
+	}
+	n.sources[v4] = source{}
+	routes, err := n.h.RouteGet(far[v4])
 	if err != nil || len(routes) == 0 {
-		return netip.Addr{}, 0
+		return source{}
 	}
 	a, ok := netip.AddrFromSlice(routes[0].Src)
-	link, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	link, err := n.h.LinkByIndex(routes[0].LinkIndex)
 	if !ok || err != nil || pods(link.Attrs().Name) || link.Attrs().Flags&net.FlagLoopback != 0 {
-		return netip.Addr{}, 0
+		return source{}
 	}
-	return a.Unmap(), routes[0].LinkIndex
+	n.sources[v4] = source{a.Unmap(), link}
+	return n.sources[v4]
 }
 
 // whole repeats a dump until nothing changed under it: the kernel marks one that may have gaps (NLM_F_DUMP_INTR), which is
@@ -88,8 +113,8 @@ func whole[T any](dump func() ([]T, error)) (list []T, err error) {
 }
 
 // links returns those that are neither loopback nor a pod's, by index.
-func links() (map[int]netlink.Link, error) {
-	list, err := whole(netlink.LinkList)
+func (n *Node) links() (map[int]netlink.Link, error) {
+	list, err := whole(n.h.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -107,12 +132,12 @@ func pods(name string) bool {
 	return strings.HasPrefix(name, attachment.GuardedPrefix) || strings.HasPrefix(name, attachment.UnguardedPrefix)
 }
 
-func addresses(v4 bool) ([]netlink.Addr, error) {
+func addresses(h *netlink.Handle, v4 bool) ([]netlink.Addr, error) {
 	family := unix.AF_INET6
 	if v4 {
 		family = unix.AF_INET
 	}
-	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, family) })
+	addrs, err := whole(func() ([]netlink.Addr, error) { return h.AddrList(nil, family) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -120,21 +145,21 @@ func addresses(v4 bool) ([]netlink.Addr, error) {
 }
 
 // Uplink is the link that holds the node's address of a family; nil if none does.
-func Uplink(nodeAddresses []netip.Addr, v4 bool) (netlink.Link, error) {
+func (n *Node) Uplink(nodeAddresses []netip.Addr, v4 bool) (netlink.Link, error) {
 	for _, node := range nodeAddresses {
 		if node.Is4() != v4 {
 			continue
 		}
-		if a, index := defaultSource(v4); a == node {
-			return netlink.LinkByIndex(index)
+		if s := n.source(v4); s.address == node {
+			return s.link, nil
 		}
-		addrs, err := addresses(v4)
+		addrs, err := addresses(n.h, v4)
 		if err != nil {
 			return nil, err
 		}
 		for _, a := range addrs {
 			if addr, ok := netip.AddrFromSlice(a.IP); ok && addr.Unmap() == node {
-				return netlink.LinkByIndex(a.LinkIndex)
+				return n.h.LinkByIndex(a.LinkIndex)
 			}
 		}
 	}
@@ -145,10 +170,10 @@ func Uplink(nodeAddresses []netip.Addr, v4 bool) (netlink.Link, error) {
 const DefaultMTU = 1500
 
 // MTU is that of the link with the node's address; of two, the smaller.
-func MTU(nodeAddresses []netip.Addr) (int, error) {
+func (n *Node) MTU(nodeAddresses []netip.Addr) (int, error) {
 	mtu := 0
 	for _, v4 := range []bool{true, false} {
-		link, err := Uplink(nodeAddresses, v4)
+		link, err := n.Uplink(nodeAddresses, v4)
 		if err != nil {
 			return 0, err
 		}

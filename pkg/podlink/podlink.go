@@ -289,8 +289,10 @@ func nodeAddressOf(l Link, a netip.Addr) netip.Addr {
 }
 
 func (e *ends) podEnd(l Link) (routes []netip.Prefix, err error) {
-	if err := e.within(func() error { return write(podSettings(l)...) }); err != nil {
-		return nil, err
+	if settings := podSettings(l); len(settings) > 0 {
+		if err := e.within(func() error { return write(settings...) }); err != nil {
+			return nil, err
+		}
 	}
 	link, err := e.pod.LinkByName(l.IfName)
 	if err != nil {

@@ -241,7 +241,7 @@ func hostRouteSource(host netlink.Link, a netip.Addr) (source netip.Addr, there 
 
 // onNode reports whether the node has an address that can be a route's source.
 func onNode(a netip.Addr) (bool, error) {
-	addrs, err := addresses(a.Is4())
+	addrs, err := addresses(anyway, a.Is4())
 	if err != nil {
 		return false, err
 	}

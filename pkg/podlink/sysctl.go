@@ -46,26 +46,21 @@ func hostSettings(l Link) []sysctl.Setting {
 	if without6() {
 		return settings
 	}
-	settings = append(settings, sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_redirects", "0"),
-		sysctl.Of(v6+"accept_dad", "0"), sysctl.Of(v6+"addr_gen_mode", "1"))
-	if has6(l) {
-		settings = append(settings, sysctl.Of(v6+"disable_ipv6", "0"))
+	if !has6(l) { // nobody has anything to say to a pod without IPv6, nor the pod to the node
+		return append(settings, sysctl.Of(v6+"disable_ipv6", "1"))
 	}
-	return settings
+	return append(settings, sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_redirects", "0"),
+		sysctl.Of(v6+"accept_dad", "0"), sysctl.Of(v6+"addr_gen_mode", "1"), sysctl.Of(v6+"disable_ipv6", "0"))
 }
 
-// podSettings spare the pod the delay of duplicate-address detection, on an address that nobody else can have, and advice
-// about routes.
+// podSettings spare a pod with IPv6 the delay of duplicate-address detection, on an address that nobody else can have, and advice
+// about routes. A pod without has nobody at the other end who would speak IPv6.
 func podSettings(l Link) []sysctl.Setting {
-	if without6() {
+	if !has6(l) || without6() {
 		return nil
 	}
 	v6 := "ipv6/conf/" + l.IfName + "/"
-	settings := []sysctl.Setting{sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_dad", "0")}
-	if has6(l) {
-		settings = append(settings, sysctl.Of(v6+"disable_ipv6", "0"))
-	}
-	return settings
+	return []sysctl.Setting{sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_dad", "0"), sysctl.Of(v6+"disable_ipv6", "0")}
 }
 
 // without6 reports a kernel that was started without IPv6.
@@ -98,7 +93,12 @@ func forwarding(l Link) error {
 		if now, err := forwarding6.Read(); err == nil && now == forwarding6.Value {
 			continue
 		}
-		uplink, err := Uplink(l.NodeAddresses, a.Is4())
+		n, err := OpenNode()
+		if err != nil {
+			return err
+		}
+		uplink, err := n.Uplink(l.NodeAddresses, a.Is4())
+		n.Close()
 		if err != nil {
 			return err
 		}

@@ -19,6 +19,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/postern-cni/postern/e2e/isolate"
 )
 
 func main() {
@@ -36,8 +38,8 @@ func run(ctx context.Context, args []string, stdout, stderr *os.File) int {
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
-	if !isolated() {
-		code, err := isolate(ctx, stdout, stderr)
+	if !isolate.Inside() {
+		code, err := isolate.Self{Args: args, Stdout: stdout, Stderr: stderr, Grace: stopLimit}.Run(ctx)
 		if err != nil {
 			fmt.Fprintln(stderr, "demo:", err)
 		}

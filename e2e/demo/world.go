@@ -15,6 +15,8 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/plugins/pkg/ns"
+
+	"github.com/postern-cni/postern/e2e/isolate"
 )
 
 // Where the demo keeps its files, all on the private tmpfs.
@@ -123,7 +125,7 @@ func addresses(texts ...string) []netip.Addr {
 
 // buildWorld makes the node and its surroundings and starts policyd.
 func buildWorld(ctx context.Context, bin, backend string) (*world, error) {
-	if err := enterNode(); err != nil {
+	if err := isolate.Enter(); err != nil {
 		return nil, err
 	}
 	if err := nodad(); err != nil {

@@ -1,45 +1,59 @@
-package main
+package isolate
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// isolatedEnv marks the process that runs in namespaces of its own.
-const isolatedEnv = "POSTERN_DEMO_ISOLATED"
+// insideEnv marks the process that runs in namespaces of its own.
+const insideEnv = "POSTERN_E2E_ISOLATED"
 
-func isolated() bool { return os.Getenv(isolatedEnv) != "" && os.Getpid() == 1 }
+// Inside reports whether this process is the one that [Self.Run] started.
+func Inside() bool { return os.Getenv(insideEnv) != "" && os.Getpid() == 1 }
 
-// isolate runs the demo again as init of a new PID namespace, with network and mounts of its own, and returns its exit
-// status. If this process is killed, the kernel kills that one (Pdeathsig), and with it every process that it started.
-func isolate(ctx context.Context, stdout, stderr *os.File) (int, error) {
+// Self is this program, to be run again.
+type Self struct {
+	Args           []string
+	Stdout, Stderr io.Writer
+	Grace          time.Duration // how long it has to end once the context has ended: it gets SIGTERM, and then SIGKILL
+}
+
+// Run runs it as init of a new PID namespace, with network and mounts of its own, and returns its exit status; 1 if it was
+// killed. If this process is killed, the kernel kills that one (Pdeathsig), and with it every process that it started.
+func (s Self) Run(ctx context.Context) (int, error) {
 	if os.Geteuid() != 0 {
 		return 1, errors.New("make the namespaces: needs root: run it with sudo")
 	}
 	runtime.LockOSThread() // Pdeathsig is sent when the thread that forked ends
+	defer runtime.UnlockOSThread()
 	exe, err := os.Executable()
 	if err != nil {
 		return 1, err
 	}
-	cmd := exec.CommandContext(ctx, exe, os.Args[1:]...)
-	cmd.Stdout, cmd.Stderr = stdout, stderr
-	cmd.Env = append(os.Environ(), isolatedEnv+"=1")
+	cmd := exec.CommandContext(ctx, exe, s.Args...)
+	cmd.Stdout, cmd.Stderr = s.Stdout, s.Stderr
+	cmd.Env = append(os.Environ(), insideEnv+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it says that it was interrupted
-	cmd.WaitDelay = stopLimit
+	cmd.WaitDelay = s.Grace
 	var exit *exec.ExitError
 	if err := cmd.Run(); err != nil && !errors.As(err, &exit) && ctx.Err() == nil {
 		return 1, fmt.Errorf("start in new namespaces: %w", err)
+	}
+	if cmd.ProcessState == nil {
+		return 1, ctx.Err() // the context had ended before it started
 	}
 	if code := cmd.ProcessState.ExitCode(); code >= 0 {
 		return code, nil
@@ -47,9 +61,9 @@ func isolate(ctx context.Context, stdout, stderr *os.File) (int, error) {
 	return 1, nil // killed
 }
 
-// enterNode gives the new namespaces what a node has: mounts that nobody else sees, the PID namespace's own /proc, and an
-// empty tmpfs on /run, where ip netns, iptables-legacy's lock and postern keep their files.
-func enterNode() error {
+// Enter gives the new namespaces what a node has: mounts that nobody else sees, the PID namespace's own /proc, and an empty
+// tmpfs on /run, where ip netns, iptables-legacy's lock and postern keep their files.
+func Enter() error {
 	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}

@@ -1,0 +1,204 @@
+// Command bench measures postern beside the plugins that people chain today, and beside floors that do the bare work of the
+// kernel: `make bench`, which builds all sides and then calls it.
+//
+// It measures nothing itself. For each benchmark and each backend of iptables it runs itself again in network, mount and PID
+// namespaces of its own, with an empty /run; that process is a benchmark's node, and goes with all that it made. What the
+// benchmarks found is one table, JSON with every sample, plots, and with -record the page e2e/docs/performance.md.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/postern-cni/postern/e2e/bench/table"
+	"github.com/postern-cni/postern/e2e/isolate"
+)
+
+// benches are all there are, in the order in which they run.
+func benches() []table.Bench {
+	return []table.Bench{
+		// cni: rows 1 to 5, 17
+		// packets: rows 13 to 15
+		// control: rows 6 to 12
+		// latency: row 16
+	}
+}
+
+// onBoth are the rows that are measured with both backends of iptables; the others do not depend on it, and are measured with the
+// first.
+var onBoth = []int{3, 7, 8, 13, 14}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// options are what the flags say.
+type options struct {
+	rows     map[int]bool
+	backends []string
+	quick    bool
+	bin, dir string
+	record   string // the folder of the page, or empty
+	child    string // the benchmark that this process is to run, in namespaces of its own
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	o, err := parse(args, stderr)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil:
+		fmt.Fprintln(stderr, "bench:", err)
+		return 2
+	case o.child != "":
+		err = o.runChild(ctx, stdout)
+	default:
+		err = o.runAll(ctx, stdout, stderr)
+	}
+	switch {
+	case ctx.Err() != nil:
+		fmt.Fprintln(stderr, "bench: interrupted; nothing is left behind")
+		return 130
+	case err != nil:
+		fmt.Fprintln(stderr, "bench:", err)
+		return 1
+	}
+	return 0
+}
+
+func parse(args []string, stderr io.Writer) (options, error) {
+	var o options
+	var rows, backend string
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&rows, "rows", "", `the rows to measure, such as "1 2 13"; all, if it is empty`)
+	flags.StringVar(&backend, "backend", "both", "of iptables: nft, legacy or both")
+	flags.BoolVar(&o.quick, "quick", false, "few rounds and small clusters: three minutes for everything")
+	flags.StringVar(&o.bin, "bin", "bin/bench", "folder with the programs of all sides")
+	flags.StringVar(&o.dir, "dir", "bin/bench/run", "folder to write results, plots and logs in")
+	flags.StringVar(&o.record, "record", "", "folder whose performance.md is to show this run; it must be a full one")
+	flags.StringVar(&o.child, "child", "", "not for users: run this benchmark here, as init of new namespaces")
+	if err := flags.Parse(args); err != nil {
+		return o, err
+	}
+	if flags.NArg() > 0 {
+		return o, fmt.Errorf("%q: there are flags alone: rows are given as -rows \"1 2\"", flags.Args())
+	}
+	var err error
+	if o.rows, err = wanted(rows, benches()); err != nil {
+		return o, err
+	}
+	switch backend {
+	case "nft", "legacy":
+		o.backends = []string{backend}
+	case "both":
+		o.backends = []string{"nft", "legacy"}
+	default:
+		return o, fmt.Errorf("-backend %s: must be nft, legacy or both", backend)
+	}
+	if o.record != "" && (rows != "" || backend != "both" || o.quick) {
+		return o, errors.New("-record: the page shows full runs alone: leave out -rows, -backend and -quick")
+	}
+	for _, folder := range []*string{&o.bin, &o.dir} {
+		if *folder, err = filepath.Abs(*folder); err != nil {
+			return o, err
+		}
+	}
+	return o, nil
+}
+
+// wanted reads numbers of rows; none are all that there are.
+func wanted(list string, all []table.Bench) (map[int]bool, error) {
+	known := map[int]bool{}
+	for _, b := range all {
+		for _, row := range b.Rows {
+			known[row] = true
+		}
+	}
+	words := strings.FieldsFunc(list, func(r rune) bool { return r == ' ' || r == ',' })
+	if len(words) == 0 {
+		return known, nil
+	}
+	rows := map[int]bool{}
+	for _, word := range words {
+		row, err := strconv.Atoi(word)
+		if err != nil || !known[row] {
+			return nil, fmt.Errorf("-rows %q: there is no row %s", list, word)
+		}
+		rows[row] = true
+	}
+	return rows, nil
+}
+
+// rowsOf are the rows of a benchmark that are wanted with a backend.
+func (o options) rowsOf(b table.Bench, backend string) []int {
+	var rows []int
+	for _, row := range b.Rows {
+		if o.rows[row] && (backend == o.backends[0] || slices.Contains(onBoth, row)) {
+			rows = append(rows, row)
+		}
+	}
+	return rows
+}
+
+// runAll runs what is wanted, one after the other, and tells what came out.
+func (o options) runAll(ctx context.Context, stdout, stderr io.Writer) error {
+	if os.Geteuid() != 0 {
+		return errors.New("needs root, for namespaces of its own: run it with sudo")
+	}
+	if err := os.MkdirAll(o.dir, 0o755); err != nil {
+		return err
+	}
+	var all table.Report
+	var failed []error
+	say := progress(stderr)
+	for _, b := range benches() {
+		for _, backend := range o.backends {
+			rows := o.rowsOf(b, backend)
+			if len(rows) == 0 || ctx.Err() != nil {
+				continue
+			}
+			report, err := o.runBench(ctx, b.Name, backend, rows, say)
+			all.Lines, all.Curves = append(all.Lines, report.Lines...), append(all.Curves, report.Curves...)
+			if err != nil {
+				failed = append(failed, fmt.Errorf("%s with %s: %w", b.Name, backend, err))
+				say.Say("%s with %s failed: %v", b.Name, backend, err)
+			}
+		}
+	}
+	return errors.Join(append(failed, o.tell(all, stdout))...)
+}
+
+// runChild is what the process in namespaces of its own does: one benchmark.
+func (o options) runChild(ctx context.Context, stdout io.Writer) error {
+	if !isolate.Inside() {
+		return errors.New("-child: only as init of namespaces of its own")
+	}
+	if err := isolate.Enter(); err != nil {
+		return err
+	}
+	for _, b := range benches() {
+		if b.Name != o.child {
+			continue
+		}
+		report, err := b.Run(ctx, table.Env{
+			Quick: o.quick, Rows: o.rows, Backends: o.backends, Bin: o.bin, Dir: o.dir,
+			Say: func(format string, args ...any) { fmt.Fprintf(stdout, format+"\n", args...) },
+		})
+		return errors.Join(err, writeReport(filepath.Join(o.dir, reportFile), report))
+	}
+	return fmt.Errorf("-child %s: there is no such benchmark", o.child)
+}

@@ -20,6 +20,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/postern-cni/postern/e2e/bench/cni"
 	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/isolate"
 )
@@ -27,7 +28,7 @@ import (
 // benches are all there are, in the order in which they run.
 func benches() []table.Bench {
 	return []table.Bench{
-		// cni: rows 1 to 5, 17
+		cni.Bench(),
 		// packets: rows 13 to 15
 		// control: rows 6 to 12
 		// latency: row 16

@@ -1,15 +1,21 @@
 package world
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+
+	"github.com/postern-cni/postern/pkg/attachment"
 )
 
 const sandboxes = "/run/netns" // where ip netns has its names
@@ -55,4 +61,28 @@ func (n *Node) RemoveSandbox(name string) error {
 		return fmt.Errorf("remove sandbox %s: %w", name, err)
 	}
 	return nil
+}
+
+// Quiet waits until the kernel has taken away every pod's link of the node: those of removed sandboxes go some time later, many
+// take long, and what is measured meanwhile waits for the same locks.
+func (n *Node) Quiet(ctx context.Context, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for {
+		links, err := netlink.LinkList()
+		if err == nil && !slices.ContainsFunc(links, podLink) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the links of removed sandboxes to go: %w", errors.Join(ctx.Err(), err))
+		case <-time.After(quietPause):
+		}
+	}
+}
+
+const quietPause = 50 * time.Millisecond // listing a thousand links disturbs too
+
+func podLink(l netlink.Link) bool {
+	return strings.HasPrefix(l.Attrs().Name, attachment.GuardedPrefix) || strings.HasPrefix(l.Attrs().Name, attachment.UnguardedPrefix)
 }

@@ -1,0 +1,121 @@
+package cni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/postern-cni/postern/e2e/bench/table"
+	"github.com/postern-cni/postern/e2e/bench/world"
+)
+
+// Bench measures rows 1 to 5 and 17.
+func Bench() table.Bench {
+	return table.Bench{Name: "cni", Rows: []int{1, 2, 3, 4, 5, 17}, Run: func(ctx context.Context, env table.Env) (table.Report, error) {
+		return run(ctx, env, sizeOf(env.Quick))
+	}}
+}
+
+// size of a run.
+type size struct {
+	pods   int   // on the node, for rows 1 to 4, with the one that is measured
+	rounds int   // of rows 1 to 4
+	levels []int // the pods on the node, with the one that is measured, for row 5; it compares the last with the first
+	adds   int   // at each level
+	starts int   // of a program, for row 17
+}
+
+func sizeOf(quick bool) size {
+	if quick {
+		return size{pods: 110, rounds: 20, levels: []int{10, 110, 1000}, adds: 20, starts: 50}
+	}
+	return size{pods: 110, rounds: 200, levels: []int{10, 50, 110, 250, 500, 750, 1000}, adds: 100, starts: 500}
+}
+
+// bench is a run under way.
+type bench struct {
+	env  table.Env
+	size size
+
+	node                *world.Node
+	policyd             *world.Policyd
+	ours, theirs, floor *side
+	theirsPorts         *side // theirs with a plugin more
+	report              table.Report
+}
+
+func run(ctx context.Context, env table.Env, s size) (report table.Report, err error) {
+	b := &bench{env: env, size: s}
+	if env.Rows[17] {
+		if err := b.starts(ctx); err != nil {
+			return b.report, err
+		}
+	}
+	if !b.wants(1, 2, 3, 4, 5) {
+		return b.report, nil
+	}
+	if err := b.build(ctx); err != nil {
+		return b.report, err
+	}
+	err = b.climb(ctx)
+	return b.report, errors.Join(err, b.policyd.Stop())
+}
+
+func (b *bench) wants(rows ...int) bool {
+	for _, row := range rows {
+		if b.env.Rows[row] {
+			return true
+		}
+	}
+	return false
+}
+
+// climb lets the node have more and more pods, and measures on the way what is to be measured with as many as there are.
+func (b *bench) climb(ctx context.Context) error {
+	growth := &growth{}
+	for _, level := range b.stops() {
+		others := level - 1
+		b.env.Say("%d pods on the node", others)
+		if err := b.ours.fill(ctx, others); err != nil {
+			return err
+		}
+		if err := b.policyd.Settle(ctx); err != nil {
+			return err
+		}
+		if level == b.size.pods && b.wants(1, 2, 3, 4) {
+			if err := b.rows1to4(ctx); err != nil {
+				return err
+			}
+		}
+		if b.wants(5) {
+			if err := b.grown(ctx, growth, level); err != nil {
+				return err
+			}
+		}
+	}
+	if b.wants(5) {
+		b.row5(growth)
+	}
+	return b.ours.empty(ctx)
+}
+
+// stops are the numbers of pods at which something is measured.
+func (b *bench) stops() []int {
+	if b.wants(5) {
+		return b.size.levels // the size of rows 1 to 4 is among them
+	}
+	return []int{b.size.pods}
+}
+
+// line appends a line of the table.
+func (b *bench) line(l table.Line) {
+	if l.Row == 3 || l.Row == 4 {
+		l.Backend = b.node.Backend
+	}
+	b.report.Lines = append(b.report.Lines, l)
+	b.env.Say("row %d %s: %.2f %s, beside %.2f: %.2f", l.Row, l.Part, table.Quantile(l.Ours, 0.5), l.Unit,
+		table.Quantile(l.Theirs, 0.5), l.Value())
+}
+
+// onNode says how many pods there are.
+func (b *bench) onNode() string { return fmt.Sprintf("%d pods on the node", b.size.pods) }

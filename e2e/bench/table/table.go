@@ -85,14 +85,18 @@ type Bench struct {
 func (l Line) Value() float64 { return l.value(l.Ours, l.Theirs) }
 
 func (l Line) value(ours, theirs []float64) float64 {
-	q := l.Quantile
-	if q == 0 {
-		q = 0.5
-	}
+	q := l.quantile()
 	if len(theirs) == 0 || l.Mark.Absolute {
 		return Quantile(ours, q)
 	}
 	return Quantile(ours, q) / Quantile(theirs, q)
+}
+
+func (l Line) quantile() float64 {
+	if l.Quantile == 0 {
+		return 0.5
+	}
+	return l.Quantile
 }
 
 // Interval is where the value lies with a probability of 95 %: a bootstrap over the rounds, with a fixed seed, so that the same
@@ -134,7 +138,11 @@ const (
 // Verdict says whether the mark is met.
 func (l Line) Verdict() Verdict {
 	low, high := l.Interval()
-	switch v := l.Value(); {
+	return l.verdict(l.Value(), low, high)
+}
+
+func (l Line) verdict(v, low, high float64) Verdict {
+	switch {
 	case l.Mark.AtMost == nil && l.Mark.AtLeast == nil:
 		return Print
 	case math.IsNaN(v):

@@ -20,7 +20,7 @@ PACKAGES := iptables ipset iproute2 util-linux procps
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .DEFAULT_GOAL := build
-.PHONY: build image image-root image-programs test fuzz lint demo verify verify-mutants manifests e2e e2e-up e2e-down e2e-shell e2e-program e2e-root tools clean help
+.PHONY: build image image-root image-programs test fuzz lint demo bench bench-programs bench-root verify verify-mutants manifests e2e e2e-up e2e-down e2e-shell e2e-program e2e-root tools clean help
 
 build: ## build bin/postern (the CNI plugin) and bin/policyd (the daemon), static
 	$(GOBUILD) -o bin/postern ./plugin
@@ -110,6 +110,25 @@ e2e-down: ## root: take it down
 
 e2e-shell: ## root: a shell that reaches it, with kubectl
 	@$(E2E) shell
+
+bench-root:
+	@if [ "$$(id -u)" != 0 ]; then \
+		echo "make bench: needs root, for namespaces of its own: sudo env PATH=\"\$$PATH\" make bench"; exit 1; fi
+
+# What a run can choose, as variables of make: make bench ROWS="1 2 13" BACKEND=nft QUICK=1. Rows 6 to 12 and 16 need an API server.
+BENCH     = -rows "$(ROWS)" -backend $(BACKEND) $(if $(QUICK),-quick) $(if $(RECORD),-record e2e/docs)
+APISERVER = $(if $(ROWS),$(filter 6 7 8 9 10 11 12 16,$(ROWS)),all)
+# All sides are built with the same flags, by the same Go.
+bench-programs:
+	@mkdir -p bin/bench
+	@$(GOBUILD) -o bin/bench/postern ./plugin
+	@$(GOBUILD) -o bin/bench/policyd ./policyd
+	@$(subst go build,go -C e2e build,$(GOBUILD)) -o ../bin/bench/ ./bench ./bench/floor ./bench/nothing \
+		$(addprefix $(PLUGINS)/plugins/,main/ptp ipam/host-local meta/portmap)
+
+bench: bench-root tools bench-programs ## root: how fast, beside other plugins and the bare kernel's work: ROWS="1 2 13" BACKEND QUICK=1 RECORD=1
+	@$(if $(APISERVER),go -C e2e build -o ../bin/e2e/bin/e2e . && bin/e2e/bin/e2e build apiserver)
+	@bin/bench/bench $(BENCH)
 
 tools: ## see that iptables (both backends), ipset and iproute2 are there; as root on Debian or Ubuntu, install them
 	@missing=; for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \

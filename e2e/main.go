@@ -1,7 +1,7 @@
 // Command e2e brings up a Kubernetes cluster of namespaces on this machine, installs postern in it as a user would, and runs
 // suites against it.
 //
-//	e2e build      build what the cluster needs
+//	e2e build      build what the cluster needs; `e2e build apiserver`: kube-apiserver and etcd alone, for the benchmarks
 //	e2e up         bring a cluster up, whose nodes wait for postern to be installed
 //	e2e install    install postern in it, and wait until all nodes are Ready
 //	e2e shell      a shell that reaches the cluster: kubectl, and the nodes' and pods' addresses; `e2e shell -c COMMAND` too
@@ -88,8 +88,15 @@ func run(args []string) error {
 	return todo.run(e, ctx, args[1:])
 }
 
-func (e env) build(ctx context.Context, _ []string) error {
-	return build.Tree{Source: e.source, Dir: e.dir, Say: e.say}.All(ctx)
+func (e env) build(ctx context.Context, args []string) error {
+	tree := build.Tree{Source: e.source, Dir: e.dir, Say: e.say}
+	switch {
+	case len(args) == 0:
+		return tree.All(ctx)
+	case len(args) == 1 && args[0] == "apiserver":
+		return tree.APIServer(ctx)
+	}
+	return fmt.Errorf("build %s: say nothing more, or apiserver", strings.Join(args, " "))
 }
 
 // environment finds the source tree, which the program must be started in.

@@ -50,12 +50,14 @@ type Tree struct {
 }
 
 // Programs builds everything that comes from Go modules, into bin. Go's own cache makes a second time quick.
-func (t Tree) Programs(ctx context.Context) error {
+func (t Tree) Programs(ctx context.Context) error { return t.programs(ctx, programs) }
+
+func (t Tree) programs(ctx context.Context, wanted []program) error {
 	version, err := t.output(ctx, "e2e/kubernetes", "go", "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
 	if err != nil {
 		return err
 	}
-	for _, p := range programs {
+	for _, p := range wanted {
 		start := time.Now()
 		args := []string{"build"}
 		if p.test {
@@ -187,6 +189,16 @@ func ReadNames(dir string) (Names, error) {
 		return names, fmt.Errorf("find what `e2e build` makes: %w", err)
 	}
 	return names, json.Unmarshal(data, &names)
+}
+
+// APIServer makes kube-apiserver and etcd alone: the benchmarks need nothing else of a cluster.
+func (t Tree) APIServer(ctx context.Context) error {
+	t.Say("building kube-apiserver: some minutes the first time, seconds when Go's cache has it")
+	apiserver := slices.DeleteFunc(slices.Clone(programs), func(p program) bool { return p.name != "kube-apiserver" })
+	if err := t.programs(ctx, apiserver); err != nil {
+		return err
+	}
+	return t.Runtime(ctx)
 }
 
 // All makes everything.

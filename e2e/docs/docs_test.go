@@ -18,23 +18,32 @@ import (
 	"sigs.k8s.io/kind/pkg/cmd/kind"
 	"sigs.k8s.io/kind/pkg/log"
 
+	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/manifests"
 )
 
-const folder = "../../manifests"
+const (
+	folder      = "../../manifests"
+	performance = "performance.md" // the page that `make bench RECORD=1` writes its part of
+)
 
 // pages are the documentation's pages with commands, by name.
 func pages(t *testing.T) map[string][]Block {
 	t.Helper()
 	all := map[string][]Block{}
 	for _, page := range []string{"kubeadm.md", "kind.md", "migrating.md"} {
-		blocks, err := Read(filepath.Join(folder, page))
-		if err != nil {
-			t.Fatal(err)
-		}
-		all[page] = blocks
+		all[page] = read(t, filepath.Join(folder, page))
 	}
 	return all
+}
+
+func read(t *testing.T, file string) []Block {
+	t.Helper()
+	blocks, err := Read(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return blocks
 }
 
 // each calls fn with every command of the pages in blocks with the given mark.
@@ -210,17 +219,43 @@ func TestKindConfigurationHasNoUnknownFieldAndNoOtherNetwork(t *testing.T) {
 }
 
 func TestMakeHasThePagesTargets(t *testing.T) {
-	each(t, Checked, func(b Block, command string) {
-		target, is := strings.CutPrefix(command, "make ")
-		if !is {
-			return
+	each(t, Checked, func(b Block, command string) { dryRun(t, b, command) })
+	for _, b := range read(t, performance) {
+		for _, step := range b.Steps() {
+			if b.Mark != Checked || !dryRun(t, b, step.Command) {
+				t.Errorf("%s: nothing checks %q", b, step.Command)
+			}
 		}
-		run := exec.Command("make", "--dry-run", target)
-		run.Dir = "../.."
-		if out, err := run.CombinedOutput(); err != nil {
-			t.Errorf("%s: %s: %v: %s", b, command, err, out)
-		}
-	})
+	}
+}
+
+// dryRun sees that make knows a command's target, if it is one of make's.
+func dryRun(t *testing.T, b Block, command string) bool {
+	t.Helper()
+	target, is := strings.CutPrefix(command, "make ")
+	if !is {
+		return false
+	}
+	run := exec.Command("make", "--dry-run", target)
+	run.Dir = "../.."
+	if out, err := run.CombinedOutput(); err != nil {
+		t.Errorf("%s: %s: %v: %s", b, command, err, out)
+	}
+	return true
+}
+
+func TestThePageAboutSpeedHasAPlaceForARun(t *testing.T) {
+	page, err := os.ReadFile(performance)
+	if err != nil {
+		t.Fatal(err)
+	}
+	with, err := table.Replace(string(page), "a run\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(with, "## How to read it") || !strings.Contains(with, "a run") || len(with) < 1000 {
+		t.Errorf("with a run it reads\n%s", with)
+	}
 }
 
 // TestKustomizationsInThePagesSayWhatTheyShould renders each as if it stood beside the folder of manifests.
@@ -270,14 +305,18 @@ func anchors(page []byte) map[string]bool {
 }
 
 func TestLinksToFilesLeadSomewhere(t *testing.T) {
+	files := []string{performance}
 	for page := range pages(t) {
-		text, err := os.ReadFile(filepath.Join(folder, page))
+		files = append(files, filepath.Join(folder, page))
+	}
+	for _, page := range files {
+		text, err := os.ReadFile(page)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, m := range link.FindAllSubmatch(text, -1) {
 			target, anchor := string(m[1]), string(m[2])
-			at := filepath.Join(folder, target)
+			at := filepath.Join(filepath.Dir(page), target)
 			info, err := os.Stat(at)
 			if err != nil {
 				t.Errorf("%s: %v", page, err)

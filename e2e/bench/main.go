@@ -38,7 +38,7 @@ func benches() []table.Bench {
 
 // onBoth are the rows that are measured with both backends of iptables; the others do not depend on it, and are measured with the
 // first.
-var onBoth = []int{3, 7, 8, 13, 14}
+var onBoth = []int{3, 4, 7, 8, 13, 14}
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

@@ -46,8 +46,8 @@ var theCounter = sync.OnceValue(func() *counter {
 })
 
 // Build returns the path of a program built from source, once a test process. pkg is a folder below the module's root
-// ("plugin", "e2e/libcni112", which may be a module of its own), an import path of the main module, or one of a module that
-// the main module requires. The build runs outside of the scratch namespaces, since it may have to fetch modules.
+// ("plugin", "e2e/libcni112", which may be a module of its own), an import path of the test's module, or one of a module that the
+// test's module requires. The build runs outside of the scratch namespaces, since it may have to fetch modules.
 func Build(t testing.TB, pkg string) string {
 	t.Helper()
 	return BuildVersion(t, pkg, "")
@@ -152,7 +152,7 @@ func (w *workshop) build(o order) answer {
 			return answer{Error: err.Error()}
 		}
 	}
-	folder, target := root, pkg
+	folder, target := "", pkg // the test's own folder
 	local := strings.TrimPrefix(strings.TrimPrefix(pkg, module+"/"), "./")
 	if info, err := os.Stat(filepath.Join(root, local)); err == nil && info.IsDir() {
 		folder, target = filepath.Join(root, local), "."

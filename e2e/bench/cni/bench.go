@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/bench/world"
@@ -27,7 +28,7 @@ type size struct {
 
 func sizeOf(quick bool) size {
 	if quick {
-		return size{pods: 110, rounds: 20, levels: []int{10, 110, 1000}, adds: 20, starts: 50}
+		return size{pods: 110, rounds: 15, levels: []int{10, 1000}, adds: 15, starts: 50}
 	}
 	return size{pods: 110, rounds: 200, levels: []int{10, 50, 110, 250, 500, 750, 1000}, adds: 100, starts: 500}
 }
@@ -87,7 +88,7 @@ func (b *bench) climb(ctx context.Context) error {
 				return err
 			}
 		}
-		if b.wants(5) {
+		if b.wants(5) && slices.Contains(b.size.levels, level) {
 			if err := b.grown(ctx, growth, level); err != nil {
 				return err
 			}
@@ -99,12 +100,16 @@ func (b *bench) climb(ctx context.Context) error {
 	return b.ours.empty(ctx)
 }
 
-// stops are the numbers of pods at which something is measured.
-func (b *bench) stops() []int {
-	if b.wants(5) {
-		return b.size.levels // the size of rows 1 to 4 is among them
+// stops are the numbers of pods at which something is measured, in order.
+func (b *bench) stops() (stops []int) {
+	if b.wants(1, 2, 3, 4) {
+		stops = append(stops, b.size.pods)
 	}
-	return []int{b.size.pods}
+	if b.wants(5) {
+		stops = append(stops, b.size.levels...)
+	}
+	slices.Sort(stops)
+	return slices.Compact(stops)
 }
 
 // line appends a line of the table.

@@ -163,7 +163,7 @@ func (p pod) inside() error {
 	index, src := link.Attrs().Index, p.address.AsSlice()
 	for _, route := range []*netlink.Route{
 		{LinkIndex: index, Dst: single(gateway), Scope: netlink.SCOPE_LINK, Src: src},
-		{LinkIndex: index, Gw: gateway.AsSlice(), Src: src},
+		{LinkIndex: index, Gw: gateway.AsSlice(), Src: src, Flags: int(netlink.FLAG_ONLINK)},
 	} {
 		if err := kernel.RouteAdd(route); err != nil {
 			return fmt.Errorf("add the route %s: %w", route, err)

@@ -35,7 +35,7 @@ func programs(t *testing.T) string {
 // The benchmark's node is the test's own network namespace, so there is one test, with one backend.
 func TestEveryRowIsMeasured(t *testing.T) {
 	nettest.Need(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	env := table.Env{Rows: map[int]bool{}, Backends: []string{"nft"}, Bin: programs(t), Dir: t.TempDir(), Say: t.Logf}
 	for _, row := range Bench().Rows {

@@ -104,7 +104,8 @@ func (b *bench) grown(ctx context.Context, g *growth, pods int) error {
 		return err
 	}
 	g.levels, g.ours, g.floor = append(g.levels, pods), append(g.ours, found[0].add), append(g.floor, found[1].add)
-	b.env.Say("ADD number %d: %.2f ms, the floor %.2f ms", pods, table.Quantile(found[0].add, 0.5), table.Quantile(found[1].add, 0.5))
+	b.env.Say("ADD number %d: %.2f ms, the floor %.2f ms", pods,
+		table.Quantile(found[0].add, 0.5), table.Quantile(found[1].add, 0.5))
 	return nil
 }
 
@@ -115,7 +116,8 @@ func (b *bench) row5(g *growth) {
 		Ours: g.ours[last], Theirs: g.ours[first], Mark: table.AtMost(lastAddBesideFirst),
 		Explain: fmt.Sprintf("As row 1; %d pods by turns are that number, added and deleted again. All pods of the node are selected by "+
 			"policies. The plot has the floor too, on a node with nothing else: it shows what the machine did meanwhile.", spares)})
-	b.report.Curves = append(b.report.Curves, curve("postern", g.levels, g.ours), curve("the bare kernel work", g.levels, g.floor))
+	b.report.Curves = append(b.report.Curves, curve("postern", g.levels, g.ours),
+		curve("the bare kernel work", g.levels, g.floor))
 }
 
 func curve(name string, levels []int, values [][]float64) table.Curve {

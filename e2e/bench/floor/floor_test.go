@@ -28,7 +28,7 @@ const set = "floor"
 // A floor that did less than a pod needs would be too low, and one that did more would be no floor.
 func TestTheFloorsPodIsLikePosterns(t *testing.T) {
 	nettest.Need(t)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	n := node(t, ctx)
 	ours := attached(t, ctx, n, "ours", n.Config(map[string]any{"policy": "none"}), func() {})

@@ -84,5 +84,6 @@ func (n *Node) Quiet(ctx context.Context, limit time.Duration) error {
 const quietPause = 50 * time.Millisecond // listing a thousand links disturbs too
 
 func podLink(l netlink.Link) bool {
-	return strings.HasPrefix(l.Attrs().Name, attachment.GuardedPrefix) || strings.HasPrefix(l.Attrs().Name, attachment.UnguardedPrefix)
+	name := l.Attrs().Name
+	return strings.HasPrefix(name, attachment.GuardedPrefix) || strings.HasPrefix(name, attachment.UnguardedPrefix)
 }

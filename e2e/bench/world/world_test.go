@@ -36,7 +36,7 @@ func programs(t *testing.T) string {
 // The world's node is the test's own network namespace, so there is one test, with one backend.
 func TestAPodIsAttachedGuardedAndReached(t *testing.T) {
 	nettest.Need(t)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	n, err := world.New(ctx, table.Env{Bin: programs(t), Dir: t.TempDir()}, "nft")
 	if err != nil {

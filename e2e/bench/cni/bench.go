@@ -12,7 +12,9 @@ import (
 
 // Bench measures rows 1 to 5 and 17.
 func Bench() table.Bench {
-	measure := func(ctx context.Context, env table.Env) (table.Report, error) { return run(ctx, env, sizeOf(env.Quick)) }
+	measure := func(ctx context.Context, env table.Env) (table.Report, error) {
+		return run(ctx, env, sizeOf(env.Quick))
+	}
 	return table.Bench{Name: "cni", Rows: []int{1, 2, 3, 4, 5, 17}, Run: measure}
 }
 

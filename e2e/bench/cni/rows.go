@@ -114,8 +114,8 @@ func (b *bench) row5(g *growth) {
 	b.line(table.Line{Row: 5, What: fmt.Sprintf("ADD number %d on a node", g.levels[last]),
 		Beside: fmt.Sprintf("ADD number %d", g.levels[first]), Unit: milliseconds,
 		Ours: g.ours[last], Theirs: g.ours[first], Mark: table.AtMost(lastAddBesideFirst),
-		Explain: fmt.Sprintf("As row 1; %d pods by turns are that number, added and deleted again. All pods of the node are selected by "+
-			"policies. The plot has the floor too, on a node with nothing else: it shows what the machine did meanwhile.", spares)})
+		Explain: fmt.Sprintf("As row 1; %d pods by turns are that number, added and deleted again. All pods of the node are "+
+			"selected by policies. The plot has the floor too, on a node with nothing else: it shows what the machine did meanwhile.", spares)})
 	b.report.Curves = append(b.report.Curves, curve("postern", g.levels, g.ours),
 		curve("the bare kernel work", g.levels, g.floor))
 }

@@ -18,7 +18,7 @@ const module = "github.com/postern-cni/postern/"
 // tiers lists the module's packages from the ground up. A package imports only packages of lower tiers. A new package
 // gets its place here.
 var tiers = [][]string{
-	{"pkg/rule", "pkg/object", "pkg/attachment", "pkg/metrics", "pkg/nlevents", "pkg/nfnetlink", "pkg/nodefiles", "pkg/sysctl"},
+	{"pkg/rule", "pkg/object", "pkg/addrmap", "pkg/attachment", "pkg/metrics", "pkg/nlevents", "pkg/nfnetlink", "pkg/nodefiles", "pkg/sysctl"},
 	{"pkg/gate", "pkg/iptables", "pkg/ipset", "pkg/conntrack", "pkg/policy", "pkg/explain", "pkg/ipam", "pkg/podlink"},
 	{"pkg/hostport", "pkg/compile", "pkg/cluster", "pkg/cniconf", "pkg/dataplane"},
 	{"pkg/attach", "pkg/nodenet"},
@@ -29,12 +29,12 @@ var tiers = [][]string{
 // noKubernetes are the packages that no Kubernetes code may reach: the plugin starts in a millisecond, and what knows the
 // kernel does not know the API.
 var noKubernetes = []string{
-	"plugin", "pkg/attach", "pkg/attachment", "pkg/cniconf", "pkg/conntrack", "pkg/dataplane", "pkg/gate", "pkg/hostport",
+	"plugin", "pkg/addrmap", "pkg/attach", "pkg/attachment", "pkg/cniconf", "pkg/conntrack", "pkg/dataplane", "pkg/gate", "pkg/hostport",
 	"pkg/ipam", "pkg/ipset", "pkg/iptables", "pkg/nfnetlink", "pkg/nlevents", "pkg/nodefiles", "pkg/podlink", "pkg/rule", "pkg/sysctl",
 }
 
 // pure are the packages that compute and never touch the kernel.
-var pure = []string{"pkg/rule", "pkg/object", "pkg/policy", "pkg/explain", "pkg/compile"}
+var pure = []string{"pkg/rule", "pkg/object", "pkg/addrmap", "pkg/policy", "pkg/explain", "pkg/compile"}
 
 // kernel are the ways to the kernel, by import path or a prefix that ends in a slash.
 var kernel = []string{

@@ -236,6 +236,42 @@ func (c *cacheOf[T]) take() map[string]T {
 	return changed
 }
 
+// arrival is a stripped object on its way from a streamed list to [cacheOf.Replace]. client-go gathers such a list before it hands it
+// over: of whole pods, that is some hundred times what is kept of them. For it to tell objects apart, an arrival is a metav1.Object
+// as far as it asks.
+type arrival[T any] struct {
+	metav1.Object            // nil
+	namespace, name, version string
+	object                   T
+}
+
+func (a *arrival[T]) GetNamespace() string       { return a.namespace }
+func (a *arrival[T]) GetName() string            { return a.name }
+func (a *arrival[T]) GetResourceVersion() string { return a.version }
+
+// Transformer implements cache.TransformingStore.
+func (c *cacheOf[T]) Transformer() cache.TransformFunc {
+	return func(o any) (any, error) {
+		whole, ok := o.(runtime.Object)
+		if !ok {
+			return o, nil
+		}
+		m, err := meta.Accessor(whole)
+		if err != nil {
+			return nil, err
+		}
+		return &arrival[T]{namespace: m.GetNamespace(), name: m.GetName(), version: m.GetResourceVersion(), object: c.strip(whole)}, nil
+	}
+}
+
+// stripped strips an object, unless it has been.
+func (c *cacheOf[T]) stripped(o any) T {
+	if a, done := o.(*arrival[T]); done {
+		return a.object
+	}
+	return c.strip(o.(runtime.Object))
+}
+
 // identify returns an object's key and version.
 func identify(o any) (key string, version uint64, err error) {
 	m, err := meta.Accessor(o)
@@ -324,7 +360,7 @@ func (c *cacheOf[T]) Replace(list []any, version string) error {
 		if err != nil {
 			return err
 		}
-		items[key] = versioned[T]{c.strip(o.(runtime.Object)), version}
+		items[key] = versioned[T]{c.stripped(o), version}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

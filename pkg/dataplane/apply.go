@@ -102,11 +102,11 @@ func (w *work) prepare(s *set) error {
 		return nil
 	}
 	if w.f.held[s.Name] == "" {
-		if err := w.create(s.Set, s.Name, len(s.has)); err != nil {
+		if err := w.create(s.Set, s.Name, s.has.len()); err != nil {
 			return err
 		}
 		w.f.held[s.Name] = s.Type
-		w.f.todo.entries[s.Name] = maps.Clone(s.has)
+		w.f.todo.entries[s.Name] = s.due()
 		w.created[s.Name] = true
 	}
 	delete(w.f.todo.sets, s.Name)
@@ -146,7 +146,7 @@ func (w *work) join(s *set) error {
 // due are the entries of a set that are to be put in, or taken out.
 func (w *work) due(s *set, in bool) (entries []rule.Entry) {
 	for e := range w.f.todo.entries[s.Name] {
-		if s.has[e] == in {
+		if s.has.holds(e) == in {
 			entries = append(entries, e)
 		}
 	}
@@ -171,10 +171,10 @@ func (w *work) grow(s *set) error {
 	if err := w.plane.sets.Destroy(name); err != nil {
 		return err
 	}
-	if err := w.create(s.Set, name, len(s.has)); err != nil {
+	if err := w.create(s.Set, name, s.has.len()); err != nil {
 		return err
 	}
-	entries := slices.Collect(maps.Keys(s.has))
+	entries := slices.Collect(s.has.all())
 	err := w.plane.sets.Add(name, entries...)
 	if err == nil {
 		err = w.plane.sets.Swap(name, s.Name)
@@ -222,12 +222,12 @@ func (w *work) standIn() error {
 		for n := 0; copied == "" || w.f.held[copied] != ""; n++ { // one that was left by a process killed here is in use
 			copied = fmt.Sprintf("%s%s%d-%d", w.plane.scope.SetPrefix, standing, w.f.tables.Family, n)
 		}
-		if err := w.create(s.Set, copied, len(s.has)); err != nil {
+		if err := w.create(s.Set, copied, s.has.len()); err != nil {
 			return err
 		}
 		w.f.held[copied], w.f.todo.sets[copied] = s.Type, true // it goes in the end
 		w.instead[name] = copied
-		w.f.todo.entries[name] = maps.Clone(s.has)
+		w.f.todo.entries[name] = s.due()
 		if s.Role == rule.Ready || s.Role == rule.Open {
 			maps.DeleteFunc(w.f.todo.entries[name], func(e rule.Entry, _ bool) bool { return !former(w.f.misfits[name], e) })
 		}
@@ -235,7 +235,7 @@ func (w *work) standIn() error {
 		if err := w.plane.sets.Add(copied, first...); err != nil {
 			return err
 		}
-		w.f.todo.entries[name] = maps.Clone(s.has)
+		w.f.todo.entries[name] = s.due()
 		if err := w.done(s, first, nil); err != nil {
 			return err
 		}
@@ -272,11 +272,11 @@ func (w *work) standDown() error {
 			return err
 		}
 		delete(w.f.held, name)
-		if err := w.create(s.Set, name, len(s.has)); err != nil {
+		if err := w.create(s.Set, name, s.has.len()); err != nil {
 			return err
 		}
 		w.f.held[name] = s.Type
-		if err := w.plane.sets.Add(name, slices.Collect(maps.Keys(s.has))...); err != nil {
+		if err := w.plane.sets.Add(name, slices.Collect(s.has.all())...); err != nil {
 			return err
 		}
 		delete(w.f.todo.sets, name)
@@ -445,7 +445,7 @@ func (w *work) bridge() {
 		}
 		var joining, leaving []string
 		for e := range entries {
-			if s.has[e] {
+			if s.has.holds(e) {
 				joining = append(joining, e.Iface)
 			} else {
 				leaving = append(leaving, e.Iface)

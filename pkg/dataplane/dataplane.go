@@ -163,7 +163,7 @@ func (p *Plane) Known(f rule.Family) bool { return p.family[f].read }
 func (p *Plane) Holds(f rule.Family, set string, e rule.Entry) bool {
 	is := p.family[f]
 	s := is.sets[set]
-	return is.read && s != nil && s.has[e] && !is.todo.entries[set][e]
+	return is.read && s != nil && s.has.holds(e) && !is.todo.entries[set][e]
 }
 
 // Doubt makes the next Apply write an entry, whatever is known of the kernel: somebody else may have taken it out.
@@ -257,7 +257,7 @@ func (p *Plane) Glance() (differ []Part, err error) {
 		f := p.family[v]
 		for name, s := range f.sets {
 			n, there := counts[name]
-			if todo := f.todo.sets[name] || len(f.todo.entries[name]) > 0; !todo && (!there || n != len(s.has)) {
+			if todo := f.todo.sets[name] || len(f.todo.entries[name]) > 0; !todo && (!there || n != s.has.len()) {
 				differ = append(differ, Part{Family: v})
 				break
 			}

@@ -27,7 +27,16 @@ type family struct {
 // set is a wanted one; its Entries are in has.
 type set struct {
 	rule.Set
-	has map[rule.Entry]bool
+	has entries
+}
+
+// due are all entries, as something to do.
+func (s *set) due() map[rule.Entry]bool {
+	due := make(map[rule.Entry]bool, s.has.len())
+	for e := range s.has.all() {
+		due[e] = true
+	}
+	return due
 }
 
 // todo is what the kernel may not hold as wanted: wanted or not, it is to be looked at by the next Apply.
@@ -94,12 +103,12 @@ func (f *family) replace(s *rule.State) {
 }
 
 func newSet(s rule.Set) *set {
-	has := make(map[rule.Entry]bool, len(s.Entries))
+	is := &set{Set: s}
 	for _, e := range s.Entries {
-		has[e] = true
+		is.has.put(e)
 	}
-	s.Entries = nil
-	return &set{s, has}
+	is.Entries = nil
+	return is
 }
 
 func (f *family) change(c *rule.Patch) {
@@ -134,18 +143,18 @@ func (f *family) change(c *rule.Patch) {
 		}
 	}
 	for name, entries := range c.Leave {
-		f.entries(name, entries, func(s *set, e rule.Entry) { delete(s.has, e) })
+		f.entries(name, entries, func(s *set, e rule.Entry) { s.has.drop(e) })
 	}
 	for name, entries := range c.Join {
-		f.entries(name, entries, func(s *set, e rule.Entry) { s.has[e] = true })
+		f.entries(name, entries, func(s *set, e rule.Entry) { s.has.put(e) })
 	}
 }
 
 func (f *family) entries(name string, entries []rule.Entry, do func(*set, rule.Entry)) {
 	s := f.sets[name]
 	for _, e := range entries {
-		was := s.has[e]
-		if do(s, e); s.has[e] != was {
+		was := s.has.holds(e)
+		if do(s, e); s.has.holds(e) != was {
 			f.todo.entry(name, e)
 		}
 	}
@@ -255,16 +264,22 @@ func (f *family) compareSets(list []rule.Set, known *todo) (found []Difference) 
 	return found
 }
 
-func (s *set) compare(entries []rule.Entry) (missing, foreign []rule.Entry) {
-	there := make(map[rule.Entry]bool, len(entries))
-	for _, e := range entries {
-		there[e] = true
-		if !s.has[e] {
+func (s *set) compare(list []rule.Entry) (missing, foreign []rule.Entry) {
+	for _, e := range list {
+		if !s.has.holds(e) {
 			foreign = append(foreign, e)
 		}
 	}
-	for e := range s.has {
-		if !there[e] {
+	if len(list)-len(foreign) == s.has.len() { // the kernel has each once
+		slices.SortFunc(foreign, rule.Entry.Compare)
+		return nil, foreign
+	}
+	var there entries
+	for _, e := range list {
+		there.put(e)
+	}
+	for e := range s.has.all() {
+		if !there.holds(e) {
 			missing = append(missing, e)
 		}
 	}

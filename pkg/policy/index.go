@@ -464,18 +464,18 @@ func (u *update) regroup() {
 }
 
 func (u *update) decide(g *Group, a netip.Addr, owners []*pod) {
-	was, in := g.members[a]
+	was, in := g.members.Get(a)
 	now, wanted := u.member(g, owners)
 	if in == wanted && was == now {
 		return
 	}
 	c := u.change(g)
 	if in {
-		delete(g.members, a)
+		g.members.Delete(a)
 		c.Left = append(c.Left, netip.AddrPortFrom(a, was))
 	}
 	if wanted {
-		g.members[a] = now
+		g.members.Put(a, now)
 		c.Joined = append(c.Joined, netip.AddrPortFrom(a, now))
 	}
 }

@@ -9,6 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/postern-cni/postern/pkg/addrmap"
 	"github.com/postern-cni/postern/pkg/object"
 )
 
@@ -124,20 +125,17 @@ type Group struct {
 
 	selectors []selector // nil: every pod
 	port      string     // the port's name
-	members   map[netip.Addr]uint16
+	members   addrmap.Map[uint16]
 	refs      int
 }
 
 // Has reports whether an address is a member.
-func (g *Group) Has(a netip.Addr) bool {
-	_, in := g.members[a]
-	return in
-}
+func (g *Group) Has(a netip.Addr) bool { return g.members.Has(a) }
 
 // Members returns the addresses in order, with the port's number, or 0 in a group without a protocol.
 func (g *Group) Members() []netip.AddrPort {
-	list := make([]netip.AddrPort, 0, len(g.members))
-	for a, port := range g.members {
+	list := make([]netip.AddrPort, 0, g.members.Len())
+	for a, port := range g.members.All() {
 		list = append(list, netip.AddrPortFrom(a, port))
 	}
 	slices.SortFunc(list, netip.AddrPort.Compare)
@@ -175,7 +173,7 @@ func (s *Side) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint1
 
 func (r *Rule) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint16) bool {
 	for _, n := range r.Named {
-		if number, in := n.members[dst]; in && n.Protocol == protocol && number == port {
+		if number, in := n.members.Get(dst); in && n.Protocol == protocol && number == port {
 			return true
 		}
 	}

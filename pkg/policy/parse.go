@@ -45,9 +45,11 @@ type selector struct {
 	namespace  string          // of the policy, where namespaces is nil
 	namespaces labels.Selector // nil: the policy's namespace alone
 	pods       labels.Selector
+	// key and value are a label that pods asks for, if it asks for one by value: see anchor.
+	key, value string
 }
 
-func (s selector) key() string {
+func (s selector) text() string {
 	where := "namespace " + s.namespace
 	if s.namespaces != nil {
 		where = "namespaces " + words(s.namespaces)
@@ -66,7 +68,7 @@ func words(s labels.Selector) string {
 func (l *peerList) selectorKey() string {
 	keys := make([]string, 0, len(l.selectors))
 	for _, s := range l.selectors {
-		keys = append(keys, s.key())
+		keys = append(keys, s.text())
 	}
 	slices.Sort(keys)
 	return strings.Join(slices.Compact(keys), ", ")
@@ -192,6 +194,8 @@ func (p *parsed) peer(list *peerList, peer *networkingv1.NetworkPolicyPeer, bad 
 		if peer.PodSelector != nil {
 			if s.pods, err = metav1.LabelSelectorAsSelector(peer.PodSelector); err != nil {
 				bad("podSelector: %v", err)
+			} else {
+				s.key, s.value = labelOf(s.pods)
 			}
 		}
 		list.selectors = append(list.selectors, s)

@@ -53,6 +53,9 @@ type Entry struct {
 	Port   uint16 // hash:ip,port
 }
 
+// Host is the entry of an address.
+func Host(a netip.Addr) Entry { return Entry{Prefix: netip.PrefixFrom(a, a.BitLen())} }
+
 // Compare orders entries: by address, prefix length, interface, protocol, port. It returns -1, 0 or 1.
 func (e Entry) Compare(o Entry) int {
 	if c := e.Prefix.Compare(o.Prefix); c != 0 {

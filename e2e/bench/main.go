@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/isolate"
@@ -162,9 +163,9 @@ func (o options) runAll(ctx context.Context, stdout, stderr io.Writer) error {
 	if err := os.MkdirAll(o.dir, 0o755); err != nil {
 		return err
 	}
+	start, say := time.Now(), progress(stderr)
 	var all table.Report
-	var failed []error
-	say := progress(stderr)
+	var failed []string
 	for _, b := range benches() {
 		for _, backend := range o.backends {
 			rows := o.rowsOf(b, backend)
@@ -174,12 +175,15 @@ func (o options) runAll(ctx context.Context, stdout, stderr io.Writer) error {
 			report, err := o.runBench(ctx, b.Name, backend, rows, say)
 			all.Lines, all.Curves = append(all.Lines, report.Lines...), append(all.Curves, report.Curves...)
 			if err != nil {
-				failed = append(failed, fmt.Errorf("%s with %s: %w", b.Name, backend, err))
-				say.Say("%s with %s failed: %v", b.Name, backend, err)
+				failed = append(failed, fmt.Sprintf("%s with %s: %v", b.Name, backend, err))
+				say.Say("%s", failed[len(failed)-1])
 			}
 		}
 	}
-	return errors.Join(append(failed, o.tell(all, stdout))...)
+	if err := o.tell(table.Judge(o.facts(ctx, start), all, failed), stdout); err != nil || len(failed) == 0 {
+		return err
+	}
+	return fmt.Errorf("%d benchmarks broke; what they wrote is in %s", len(failed), o.dir)
 }
 
 // runChild is what the process in namespaces of its own does: one benchmark.

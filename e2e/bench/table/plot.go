@@ -9,10 +9,11 @@ import (
 // Places in the plot of all lines.
 const (
 	plotWidth  = 1000.0
-	plotLeft   = 400.0 // where the axis begins; names are left of it
-	plotRight  = 760.0 // where it ends; figures are right of it
+	plotLeft   = 430.0 // where the axis begins; names are left of it
+	plotRight  = 780.0 // where it ends; figures are right of it
 	laneHeight = 34.0
-	labelRunes = 60
+	nameRunes  = 56 // of the name of a line, for which there is room
+	smallRunes = 66 // of smaller writing
 )
 
 // Ratios is a plot of every line: its value with its interval, and the side of its mark on which it must lie. Lines that stand by
@@ -34,7 +35,7 @@ func Ratios(r Result) []byte {
 	}
 	d := &drawing{width: plotWidth, height: 64 + panelHeight(ratios) + panelHeight(figures) + 30}
 	d.bold(20, 30, 18, "postern beside its peers and its floors")
-	d.text(20, 50, 12, left, faint, "dot: the median of the rounds; bar: 95 % interval; shaded: where it must lie")
+	d.text(20, 50, 12, left, faint, "dot: what was measured; bar: its 95 % interval; shaded: where it must lie")
 	y := d.panel(64, "ratio of ours to what it is beside", ratios)
 	y = d.panel(y, "figures by themselves, in parts of their mark", figures)
 	for i, fact := range r.Facts.words()[:2] {
@@ -92,7 +93,7 @@ func (d *drawing) panel(y float64, title string, lanes []lane) float64 {
 			colour = faint
 		}
 		d.line(axis.at(tick), top, axis.at(tick), bottom, 1, colour)
-		d.text(axis.at(tick), bottom+14, 11, middle, faint, number(tick))
+		d.text(axis.at(tick), bottom+14, 11, middle, faint, tickLabel(tick))
 	}
 	for i, l := range lanes {
 		d.lane(top+laneHeight*float64(i), axis, l)
@@ -103,9 +104,9 @@ func (d *drawing) panel(y float64, title string, lanes []lane) float64 {
 func (d *drawing) lane(y float64, axis scale, l lane) {
 	centre, colour := y+laneHeight/2, l.Verdict.colour()
 	d.text(44, centre-2, 12, right, ink, fmt.Sprint(l.Line.Row))
-	d.text(54, centre-2, 12, left, ink, shorten(l.Line.name()))
+	d.text(54, centre-2, 12, left, ink, shorten(l.Line.name(), nameRunes))
 	if l.Line.Beside != "" {
-		d.text(54, centre+11, 10, left, faint, shorten("beside "+l.Line.Beside))
+		d.text(54, centre+11, 10, left, faint, shorten("beside "+l.Line.Beside, smallRunes))
 	}
 	from, to := axis.low, axis.high
 	if l.least != nil {
@@ -115,7 +116,7 @@ func (d *drawing) lane(y float64, axis scale, l lane) {
 		to = *l.most
 	}
 	if l.least != nil || l.most != nil {
-		d.rect(axis.at(from), centre-9, axis.at(to)-axis.at(from), 18, colour, 0.12)
+		d.rect(axis.at(from), centre-9, axis.at(to)-axis.at(from), 18, Holds.colour(), 0.12)
 	}
 	for _, mark := range []*float64{l.most, l.least} {
 		if mark != nil {
@@ -133,11 +134,11 @@ func (d *drawing) lane(y float64, axis scale, l lane) {
 }
 
 // shorten cuts what would run into the plot.
-func shorten(text string) string {
-	if utf8.RuneCountInString(text) <= labelRunes {
+func shorten(text string, runes int) string {
+	if utf8.RuneCountInString(text) <= runes {
 		return text
 	}
-	return string([]rune(text)[:labelRunes-1]) + "…"
+	return string([]rune(text)[:runes-1]) + "…"
 }
 
 // Places in a plot of curves.
@@ -190,11 +191,11 @@ func (d *drawing) curves(x, y float64, title string, curves []Curve) {
 	d.bold(x+20, y+24, 14, title)
 	for _, tick := range across.ticks() {
 		d.line(across.at(tick), top, across.at(tick), bottom, 1, grid)
-		d.text(across.at(tick), bottom+15, 10, middle, faint, number(tick))
+		d.text(across.at(tick), bottom+15, 10, middle, faint, tickLabel(tick))
 	}
 	for _, tick := range up.ticks() {
 		d.line(across.from, up.at(tick), across.to, up.at(tick), 1, grid)
-		d.text(across.from-6, up.at(tick)+4, 10, right, faint, number(tick))
+		d.text(across.from-6, up.at(tick)+4, 10, right, faint, tickLabel(tick))
 	}
 	d.text((across.from+across.to)/2, bottom+34, 12, middle, ink, curves[0].XLabel)
 	fmt.Fprintf(&d.body, `<text transform="translate(%.1f %.1f) rotate(-90)" font-size="12" text-anchor="middle" fill="%s">%s</text>`+"\n",

@@ -5,6 +5,7 @@ import (
 	"encoding/xml"
 	"fmt"
 	"math"
+	"strconv"
 	"strings"
 )
 
@@ -159,4 +160,12 @@ func (s scale) ticks() []float64 {
 		}
 	}
 	return out
+}
+
+// tickLabel needs no digits that say nothing: ticks are round.
+func tickLabel(v float64) string {
+	if v >= 1000 {
+		return number(v)
+	}
+	return strconv.FormatFloat(v, 'g', 4, 64)
 }

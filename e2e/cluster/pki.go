@@ -62,7 +62,7 @@ func (c *Cluster) makePKI() error {
 			return err
 		}
 	}
-	return serviceAccountKeys(c.path("run"))
+	return ServiceAccountKeys(c.path("run"))
 }
 
 func newAuthority(dir string) (*authority, error) {
@@ -122,8 +122,8 @@ func (a *authority) issue(id identity) error {
 	return a.writeKey(id.file+".key", key)
 }
 
-// serviceAccountKeys writes the key that signs the tokens of service accounts, and its public part.
-func serviceAccountKeys(dir string) error {
+// ServiceAccountKeys writes the key that signs the tokens of service accounts, and its public part.
+func ServiceAccountKeys(dir string) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return fmt.Errorf("make the service accounts' key: %w", err)

@@ -113,7 +113,7 @@ func TestThatMostPodsAreInOnePeerList(t *testing.T) {
 func TestAPodHasTheSizeOfARealOne(t *testing.T) {
 	p := plan(100)
 	pod := p.Pod(50)
-	if n := pod.Size(); n < 2500 || n > 5000 { // before the API server adds managed fields
+	if n := pod.Size(); n < 1500 || n > 3000 { // the API server adds 2,500 of managed fields
 		t.Errorf("%d bytes", n)
 	}
 	t.Logf("%d bytes without managed fields", pod.Size())

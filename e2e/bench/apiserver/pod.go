@@ -27,8 +27,7 @@ func (p Plan) Pod(i int) *corev1.Pod {
 				"pod-template-hash": hash, "app.kubernetes.io/part-of": "shop-" + namespace,
 			},
 			Annotations: map[string]string{
-				"prometheus.io/scrape": "true", "prometheus.io/port": "9090", "checksum/config": strings.Repeat(hash, 8),
-				"kubectl.kubernetes.io/restartedAt": "2025-06-01T12:00:00Z",
+				"prometheus.io/scrape": "true", "checksum/config": strings.Repeat(hash, 8),
 			},
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: owner,
 				UID: types.UID("5e9f3c1a-0000-4000-8000-0000" + hash), Controller: &controller, BlockOwnerDeletion: &controller}},
@@ -47,7 +46,7 @@ func (p Plan) Pod(i int) *corev1.Pod {
 	return pod
 }
 
-// podSpec is of an ordinary service with a proxy beside it.
+// podSpec is of an ordinary service.
 func podSpec(application, hash string) corev1.PodSpec {
 	no, mode, seconds := false, int32(0o644), int64(3607)
 	token := corev1.Volume{Name: "kube-api-access-" + hash[:5], VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
@@ -68,31 +67,28 @@ func podSpec(application, hash string) corev1.PodSpec {
 	}
 	return corev1.PodSpec{
 		ServiceAccountName: "default", EnableServiceLinks: &no, Volumes: []corev1.Volume{config, token},
-		Containers: []corev1.Container{
-			container(application, "registry.example.com/shop/"+application+":1.27.3", 8080, "http", mounts),
-			container("proxy", "registry.example.com/platform/proxy:4.2.0", 9090, "metrics", mounts),
-		},
+		Containers:  []corev1.Container{container(application, "registry.example.com/shop/"+application+":1.27.3", mounts)},
 		Tolerations: []corev1.Toleration{tolerate(corev1.TaintNodeNotReady), tolerate(corev1.TaintNodeUnreachable)},
 	}
 }
 
-func container(name, image string, port int32, portName string, mounts []corev1.VolumeMount) corev1.Container {
+func container(name, image string, mounts []corev1.VolumeMount) corev1.Container {
 	quantities := func(cpu, memory string) corev1.ResourceList {
 		return corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory)}
 	}
-	no := false
-	probe := &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/healthz", Port: intstr.FromString(portName)}},
-		InitialDelaySeconds: 5, PeriodSeconds: 10, TimeoutSeconds: 2}
+	probe := &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/healthz", Port: intstr.FromString("http")}},
+		PeriodSeconds: 10}
 	env := []corev1.EnvVar{{Name: "POD_IP", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "status.podIP"}}}}
-	for _, v := range []string{"DATABASE_URL", "CACHE_URL", "LOG_LEVEL", "FEATURE_FLAGS"} {
+	for _, v := range []string{"DATABASE_URL", "CACHE_URL"} {
 		env = append(env, corev1.EnvVar{Name: v, Value: "tcp://" + name + ".example.internal:5432/" + v})
 	}
 	return corev1.Container{
-		Name: name, Image: image, Args: []string{"--config", "/etc/" + name + "/config.yaml", "--listen", fmt.Sprint(":", port)},
-		Ports: []corev1.ContainerPort{{Name: portName, ContainerPort: port, Protocol: corev1.ProtocolTCP}}, Env: env,
-		Resources:    corev1.ResourceRequirements{Requests: quantities("100m", "128Mi"), Limits: quantities("500m", "256Mi")},
-		VolumeMounts: mounts, LivenessProbe: probe, ReadinessProbe: probe, ImagePullPolicy: corev1.PullIfNotPresent,
-		SecurityContext: &corev1.SecurityContext{AllowPrivilegeEscalation: &no, Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}},
+		Name: name, Image: image, Args: []string{"--config", "/etc/" + name + "/config.yaml"}, Env: env, VolumeMounts: mounts,
+		Ports: []corev1.ContainerPort{
+			{Name: "http", ContainerPort: 8080, Protocol: corev1.ProtocolTCP}, {Name: "metrics", ContainerPort: 9090, Protocol: corev1.ProtocolTCP},
+		},
+		Resources:      corev1.ResourceRequirements{Requests: quantities("100m", "128Mi"), Limits: quantities("500m", "256Mi")},
+		ReadinessProbe: probe, ImagePullPolicy: corev1.PullIfNotPresent,
 	}
 }
 
@@ -105,8 +101,7 @@ func Running(pod *corev1.Pod, host string, addresses ...string) corev1.PodStatus
 		s.PodIPs = append(s.PodIPs, corev1.PodIP{IP: a})
 	}
 	s.PodIP = addresses[0]
-	for _, c := range []corev1.PodConditionType{corev1.PodReadyToStartContainers, corev1.PodInitialized, corev1.PodReady,
-		corev1.ContainersReady, corev1.PodScheduled} {
+	for _, c := range []corev1.PodConditionType{corev1.PodInitialized, corev1.PodReady, corev1.ContainersReady, corev1.PodScheduled} {
 		s.Conditions = append(s.Conditions, corev1.PodCondition{Type: c, Status: corev1.ConditionTrue, LastTransitionTime: started})
 	}
 	for _, c := range pod.Spec.Containers {

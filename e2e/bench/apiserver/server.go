@@ -71,7 +71,8 @@ func Start(ctx context.Context, bin, dir string) (*Server, error) {
 			"--service-account-key-file="+filepath.Join(dir, "service-accounts.pub"),
 			"--service-account-signing-key-file="+filepath.Join(dir, "service-accounts.key"),
 			"--disable-admission-plugins="+strings.Join(admission, ","), "--enable-priority-and-fairness=false",
-			"--max-requests-inflight=0", "--max-mutating-requests-inflight=0", "--etcd-compaction-interval=0", "--profiling=false")
+			"--max-requests-inflight=0", "--max-mutating-requests-inflight=0", "--etcd-compaction-interval=0", "--profiling=false",
+			"--feature-gates=DetectCacheInconsistency=false,SizeBasedListCostEstimate=false,ListFromCacheSnapshot=false")
 	}
 	if err == nil {
 		err = s.ready(ctx)
@@ -122,6 +123,7 @@ func (s *Server) run(ctx context.Context, name, path string, args ...string) err
 	defer log.Close()
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(os.Environ(), "GOGC=200") // half of the time of a server that is being filled goes into collection otherwise
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", name, err)
 	}

@@ -198,8 +198,7 @@ func (d *drawing) curves(x, y float64, title string, curves []Curve) {
 		d.text(across.from-6, up.at(tick)+4, 10, right, faint, tickLabel(tick))
 	}
 	d.text((across.from+across.to)/2, bottom+34, 12, middle, ink, curves[0].XLabel)
-	fmt.Fprintf(&d.body, `<text transform="translate(%.1f %.1f) rotate(-90)" font-size="12" text-anchor="middle" fill="%s">%s</text>`+"\n",
-		x+16, (top+bottom)/2, ink, escape(curves[0].YLabel))
+	d.upward(x+16, (top+bottom)/2, 12, curves[0].YLabel)
 	for i, c := range curves {
 		colour := palette[i%len(palette)]
 		var points [][2]float64

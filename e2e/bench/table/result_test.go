@@ -25,8 +25,8 @@ func sample() Result {
 	slow, _ := rounds(41, 0.7)
 	return Judge(facts, Report{
 		Lines: []Line{
-			{Row: 13, Backend: "legacy", What: "new connections a second between two pods", Beside: "the same <pods> & no rules", Unit: "1/s",
-				Ours: []float64{29000, 28800, 29100, 28900}, Theirs: []float64{30000, 30100, 29900, 31000}, Mark: AtLeast(0.98),
+			{Row: 13, Backend: "legacy", What: "new connections a second between two pods", Beside: "the same <pods> & no rules",
+				Unit: "1/s", Ours: []float64{29000, 28800, 29100, 28900}, Theirs: []float64{30000, 30100, 29900, 31000}, Mark: AtLeast(0.98),
 				Explain: "Two pods, twenty rules each."},
 			{Row: 3, Backend: "nft", What: "ADD", Part: "two hostPorts", Beside: "ptp, host-local and portmap | chained", Unit: "ms",
 				Ours: ours, Theirs: theirs, Mark: AtMost(0.6), Explain: "One ADD through libcni."},
@@ -186,8 +186,8 @@ func TestARunReplacesTheOneInThePage(t *testing.T) {
 
 func TestNumbersHaveThreeDigitsThatMatter(t *testing.T) {
 	for v, want := range map[float64]string{
-		0: "0", 0.000021: "2.1e-05", 0.021: "0.021", 0.0999: "0.0999", 0.1: "0.100", 0.9634: "0.963", 1: "1.00", 9.99: "9.99", 9.996: "10.0", 12.34: "12.3",
-		99.97: "100", 123.4: "123", 999.6: "1,000", 29412: "29,412", 1234567: "1,234,567", -1234: "-1,234",
+		0: "0", 0.000021: "2.1e-05", 0.021: "0.021", 0.0999: "0.0999", 0.1: "0.100", 0.9634: "0.963", 1: "1.00", 9.99: "9.99",
+		9.996: "10.0", 12.34: "12.3", 99.97: "100", 123.4: "123", 999.6: "1,000", 29412: "29,412", 1234567: "1,234,567", -1234: "-1,234",
 	} {
 		if got := number(v); got != want {
 			t.Errorf("%v is written %s, want %s", v, got, want)

@@ -45,25 +45,33 @@ const (
 	right  = "end"
 )
 
+// put adds an element.
+func (d *drawing) put(format string, args ...any) { fmt.Fprintf(&d.body, format+"\n", args...) }
+
 func (d *drawing) text(x, y, size float64, anchor, colour, text string) {
-	fmt.Fprintf(&d.body, `<text x="%.1f" y="%.1f" font-size="%g" text-anchor="%s" fill="%s">%s</text>`+"\n",
-		x, y, size, anchor, colour, escape(text))
+	d.put(`<text x="%.1f" y="%.1f" font-size="%g" text-anchor="%s" fill="%s">%s</text>`, x, y, size, anchor, colour, escape(text))
 }
 
 func (d *drawing) bold(x, y, size float64, text string) {
-	fmt.Fprintf(&d.body, `<text x="%.1f" y="%.1f" font-size="%g" font-weight="600" fill="%s">%s</text>`+"\n", x, y, size, ink, escape(text))
+	d.put(`<text x="%.1f" y="%.1f" font-size="%g" font-weight="600" fill="%s">%s</text>`, x, y, size, ink, escape(text))
+}
+
+// upward is text that reads from below.
+func (d *drawing) upward(x, y, size float64, text string) {
+	d.put(`<text transform="translate(%.1f %.1f) rotate(-90)" font-size="%g" text-anchor="middle" fill="%s">%s</text>`,
+		x, y, size, ink, escape(text))
 }
 
 func (d *drawing) line(x1, y1, x2, y2, width float64, colour string) {
-	fmt.Fprintf(&d.body, `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s" stroke-width="%g"/>`+"\n", x1, y1, x2, y2, colour, width)
+	d.put(`<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s" stroke-width="%g"/>`, x1, y1, x2, y2, colour, width)
 }
 
 func (d *drawing) rect(x, y, w, h float64, colour string, opacity float64) {
-	fmt.Fprintf(&d.body, `<rect x="%.1f" y="%.1f" width="%.1f" height="%.1f" fill="%s" fill-opacity="%g"/>`+"\n", x, y, w, h, colour, opacity)
+	d.put(`<rect x="%.1f" y="%.1f" width="%.1f" height="%.1f" fill="%s" fill-opacity="%g"/>`, x, y, w, h, colour, opacity)
 }
 
 func (d *drawing) dot(x, y, r float64, colour string) {
-	fmt.Fprintf(&d.body, `<circle cx="%.1f" cy="%.1f" r="%g" fill="%s"/>`+"\n", x, y, r, colour)
+	d.put(`<circle cx="%.1f" cy="%.1f" r="%g" fill="%s"/>`, x, y, r, colour)
 }
 
 func (d *drawing) path(points [][2]float64, colour string) {
@@ -71,12 +79,13 @@ func (d *drawing) path(points [][2]float64, colour string) {
 	for _, p := range points {
 		at = append(at, fmt.Sprintf("%.1f,%.1f", p[0], p[1]))
 	}
-	fmt.Fprintf(&d.body, `<polyline points="%s" fill="none" stroke="%s" stroke-width="2"/>`+"\n", strings.Join(at, " "), colour)
+	d.put(`<polyline points="%s" fill="none" stroke="%s" stroke-width="2"/>`, strings.Join(at, " "), colour)
 }
 
 // svg is the whole file.
 func (d *drawing) svg() []byte {
-	return fmt.Appendf(nil, `<svg xmlns="http://www.w3.org/2000/svg" width="%.0f" height="%.0f" viewBox="0 0 %.0f %.0f" font-family="sans-serif">
+	return fmt.Appendf(nil,
+		`<svg xmlns="http://www.w3.org/2000/svg" width="%.0f" height="%.0f" viewBox="0 0 %.0f %.0f" font-family="sans-serif">
 <rect width="100%%" height="100%%" fill="#ffffff"/>
 %s</svg>
 `, d.width, d.height, d.width, d.height, d.body.String())

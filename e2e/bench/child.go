@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -34,11 +36,10 @@ func (o options) runBench(ctx context.Context, name, backend string, rows []int,
 		return table.Report{}, err
 	}
 	limit := fullLimit
-	args := []string{"-child", name, "-backend", backend, "-bin", o.bin, "-dir", dir,
-		"-rows", strings.Trim(fmt.Sprint(rows), "[]")}
 	if o.quick {
-		args, limit = append(args, "-quick"), quickLimit
+		limit = quickLimit
 	}
+	args := childArgs(name, table.Env{Quick: o.quick, Backends: []string{backend}, Bin: o.bin, Dir: dir}, rows)
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	child := out.of(name + " " + backend)
@@ -54,6 +55,29 @@ func (o options) runBench(ctx context.Context, name, backend string, rows []int,
 		return report, fmt.Errorf("exit status %d; its last words: %s", code, child.last)
 	}
 	return report, readErr
+}
+
+// childArgs are the arguments of a process that runs one benchmark in namespaces of its own.
+func childArgs(name string, env table.Env, rows []int) []string {
+	args := []string{"-child", name, "-backend", env.Backends[0], "-bin", env.Bin, "-dir", env.Dir,
+		"-rows", strings.Trim(fmt.Sprint(rows), "[]")}
+	if env.Quick {
+		args = append(args, "-quick")
+	}
+	return args
+}
+
+// startSide runs a benchmark that is part of another one, and is started by it: it speaks with that through its standard input.
+func startSide(ctx context.Context, name string, env table.Env, stdin *os.File) error {
+	if err := os.MkdirAll(env.Dir, 0o755); err != nil {
+		return err
+	}
+	code, err := isolate.Self{Args: childArgs(name, env, slices.Sorted(maps.Keys(env.Rows))),
+		Stdin: stdin, Stdout: os.Stdout, Stderr: os.Stderr, Grace: stopLimit}.Run(ctx)
+	if err == nil && code != 0 {
+		err = fmt.Errorf("%s ended with exit status %d", name, code)
+	}
+	return err
 }
 
 func writeReport(file string, report table.Report) error {

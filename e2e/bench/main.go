@@ -21,17 +21,18 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/postern-cni/postern/e2e/bench/latency"
 	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/isolate"
 )
 
-// benches are all there are, in the order in which they run.
+// benches are all there are, in the order in which they run; those without rows are parts that another one starts.
 func benches() []table.Bench {
 	return []table.Bench{
 		// cni: rows 1 to 5, 17
 		// packets: rows 13 to 15
 		// control: rows 6 to 12
-		// latency: row 16
+		latency.Bench(startSide), latency.Large(), latency.Empty(),
 	}
 }
 
@@ -40,6 +41,13 @@ func benches() []table.Bench {
 var onBoth = []int{3, 7, 8, 13, 14}
 
 func main() {
+	if is, err := latency.Prober(); is {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()

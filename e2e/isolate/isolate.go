@@ -23,6 +23,7 @@ func Inside() bool { return os.Getenv(insideEnv) != "" && os.Getpid() == 1 }
 // Self is this program, to be run again.
 type Self struct {
 	Args           []string
+	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	Grace          time.Duration // how long it has to end once the context has ended: it gets SIGTERM, and then SIGKILL
 }
@@ -40,7 +41,7 @@ func (s Self) Run(ctx context.Context) (int, error) {
 		return 1, err
 	}
 	cmd := exec.CommandContext(ctx, exe, s.Args...)
-	cmd.Stdout, cmd.Stderr = s.Stdout, s.Stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = s.Stdin, s.Stdout, s.Stderr
 	cmd.Env = append(os.Environ(), insideEnv+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID,

@@ -49,13 +49,14 @@ func main() {
 		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	code := run(ctx, benches(), os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
 
 // options are what the flags say.
 type options struct {
+	benches  []table.Bench
 	rows     map[int]bool
 	backends []string
 	quick    bool
@@ -64,8 +65,8 @@ type options struct {
 	child    string // the benchmark that this process is to run, in namespaces of its own
 }
 
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	o, err := parse(args, stderr)
+func run(ctx context.Context, benches []table.Bench, args []string, stdout, stderr io.Writer) int {
+	o, err := parse(benches, args, stderr)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
@@ -88,8 +89,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return 0
 }
 
-func parse(args []string, stderr io.Writer) (options, error) {
-	var o options
+func parse(benches []table.Bench, args []string, stderr io.Writer) (options, error) {
+	o := options{benches: benches}
 	var rows, backend string
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
@@ -107,7 +108,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		return o, fmt.Errorf("%q: there are flags alone: rows are given as -rows \"1 2\"", flags.Args())
 	}
 	var err error
-	if o.rows, err = wanted(rows, benches()); err != nil {
+	if o.rows, err = wanted(rows, benches); err != nil {
 		return o, err
 	}
 	switch backend {
@@ -174,7 +175,7 @@ func (o options) runAll(ctx context.Context, stdout, stderr io.Writer) error {
 	start, say := time.Now(), progress(stderr)
 	var all table.Report
 	var failed []string
-	for _, b := range benches() {
+	for _, b := range o.benches {
 		for _, backend := range o.backends {
 			rows := o.rowsOf(b, backend)
 			if len(rows) == 0 || ctx.Err() != nil {
@@ -202,7 +203,7 @@ func (o options) runChild(ctx context.Context, stdout io.Writer) error {
 	if err := isolate.Enter(); err != nil {
 		return err
 	}
-	for _, b := range benches() {
+	for _, b := range o.benches {
 		if b.Name != o.child {
 			continue
 		}

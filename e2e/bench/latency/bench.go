@@ -87,12 +87,12 @@ func run(ctx context.Context, env table.Env, start Start) (table.Report, error) 
 // takeTurns measures round after round.
 func takeTurns(env table.Env, sides []*remote) error {
 	sides = slices.Clone(sides)
-	warm, rounds := 5, 100
+	warm, rounds := 3, 50
 	if env.Quick {
 		warm, rounds = 1, 7
 	}
 	for round := range warm + rounds {
-		if round%20 == 0 {
+		if round%10 == 0 {
 			env.Say("round %d of %d", round, warm+rounds)
 		}
 		for i := range parts {
@@ -125,7 +125,7 @@ func report(backend string, large, empty *remote) (r table.Report) {
 		}
 		beside := line
 		beside.Beside, beside.Theirs, beside.Mark = "the same with an empty cluster", empty.times[i], table.AtMost(ratioMark)
-		beside.Explain = explain + "The large one has " + large.size + "; the empty cluster has its own of each, and they take turns."
+		beside.Explain = "The large one has " + large.size + "; the empty cluster has its own of each, and they take turns."
 		r.Lines = append(r.Lines, line, beside)
 	}
 	return r

@@ -115,7 +115,8 @@ bench-root:
 	@if [ "$$(id -u)" != 0 ]; then \
 		echo "make bench: needs root, for namespaces of its own: sudo env PATH=\"\$$PATH\" make bench"; exit 1; fi
 
-# What a run can choose, as variables of make: make bench ROWS="1 2 13" BACKEND=nft QUICK=1. Rows 6 to 12 and 16 need an API server.
+# What a run can choose, as variables of make: make bench ROWS="1 2 13" BACKEND=nft QUICK=1. Rows 6 to 12 and 16 need an API
+# server.
 BENCH     = -rows "$(ROWS)" -backend $(BACKEND) $(if $(QUICK),-quick) $(if $(RECORD),-record e2e/docs)
 APISERVER = $(if $(ROWS),$(filter 6 7 8 9 10 11 12 16,$(ROWS)),all)
 # All sides are built with the same flags, by the same Go.

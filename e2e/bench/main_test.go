@@ -32,7 +32,8 @@ func fakes() []table.Bench {
 	bench := func(row int, name string, ours float64, err error) table.Bench {
 		return table.Bench{Name: name, Rows: []int{row}, Run: func(ctx context.Context, env table.Env) (table.Report, error) {
 			env.Say("row %d with %s", row, env.Backends)
-			if out, err := exec.CommandContext(ctx, "ip", "link", "add", "mine", "type", "veth", "peer", "name", "theirs").CombinedOutput(); err != nil {
+			link := exec.CommandContext(ctx, "ip", "link", "add", "mine", "type", "veth", "peer", "name", "theirs")
+			if out, err := link.CombinedOutput(); err != nil {
 				return table.Report{}, errors.Join(err, errors.New(string(out))) // somebody was here before
 			}
 			return table.Report{Lines: []table.Line{{Row: row, Backend: env.Backends[0], What: name,
@@ -153,12 +154,13 @@ func TestAPageShowsTheRunThatIsRecorded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	result := table.Judge(table.Facts{}, table.Report{Lines: []table.Line{{Row: 1, What: "something that is measured", Ours: []float64{1}}}}, nil)
+	measured := table.Line{Row: 1, What: "something that is measured", Ours: []float64{1}}
+	result := table.Judge(table.Facts{}, table.Report{Lines: []table.Line{measured}}, nil)
 	if err := record(folder, result); err != nil {
 		t.Fatal(err)
 	}
 	got, err := os.ReadFile(filepath.Join(folder, pageFile))
-	if err != nil || !bytes.Contains(got, []byte("| 1 | something that is measured |")) || !bytes.Contains(got, []byte("("+ratiosFile+")")) {
+	if err != nil || !bytes.Contains(got, []byte("| 1 | "+measured.What+" |")) || !bytes.Contains(got, []byte("("+ratiosFile+")")) {
 		t.Errorf("error %v; the page is\n%s", err, got)
 	}
 	if _, err := os.Stat(filepath.Join(folder, ratiosFile)); err != nil {

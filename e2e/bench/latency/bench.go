@@ -118,7 +118,7 @@ func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Mi
 func report(backend string, large, empty *remote) (r table.Report) {
 	for i, p := range parts {
 		line := table.Line{
-			Row: row, Backend: backend, What: "API to connection", Part: p.name, Unit: "ms", Ours: large.times[i],
+			Row: row, Backend: backend, What: "seen from a pod", Part: p.name, Unit: "ms", Ours: large.times[i],
 			Mark: table.NoMoreThan(p.mark), Explain: explain + fmt.Sprintf("The API call itself had returned after %.1f ms, the median. "+
 				"The longest time between two tries was %.1f ms, the median too. A peer that rewrites its tables takes 1.0 to 2.0 s.",
 				table.Quantile(large.calls[i], 0.5), table.Quantile(large.gap, 0.5)),
@@ -154,8 +154,8 @@ type (
 	}
 )
 
-// newRemote starts a side, in a folder of its own. What is said to it and heard from it goes through its standard input, a socket:
-// its standard output is for people.
+// newRemote starts a side, in a folder of its own. What is said to it and heard from it goes through its standard input, a
+// socket: its standard output is for people.
 func newRemote(ctx context.Context, env table.Env, start Start, name string) (*remote, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

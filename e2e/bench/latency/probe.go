@@ -18,6 +18,7 @@ const (
 	before   = 50                     // tries that must all show the state before the change
 	settled  = before - 5             // of them: the last may have their answers still under way
 	quiet    = 100                    // tries without an answer, one after the other, after which none is expected any more
+	late     = 5 * time.Millisecond   // how long an answer may be on its way, once the change seems to have shown
 	seeLimit = 10 * time.Second       // for a change to show
 
 	priority = 1    // among SCHED_FIFO's, for the thread that tries; it takes a twentieth of a processor
@@ -74,8 +75,8 @@ type watch struct {
 	answered []bool
 }
 
-// run tries until the change has shown. That it has not been made yet is seen to first. The loop enters the kernel only behind the
-// Go runtime's back (RawSyscall), so that the thread keeps its turn.
+// run tries until the change has shown. That it has not been made yet is seen to first. The loop enters the kernel only behind
+// the Go runtime's back (RawSyscall), so that the thread keeps its turn.
 func (w *watch) run() error {
 	if err := onTime(); err != nil {
 		return err
@@ -105,7 +106,10 @@ func (w *watch) run() error {
 				return err
 			}
 		case n > before && w.shown():
-			return nil
+			sleep(late.Nanoseconds())
+			if err := w.hear(); err != nil || w.shown() {
+				return err
+			}
 		}
 	}
 }
@@ -167,6 +171,10 @@ func (w *watch) try() error {
 	if _, err := raw(unix.SYS_WRITE, packet); err != 0 && err != unix.EPERM { // EPERM: a drop on the pod's own way out
 		return fmt.Errorf("try to connect: %w", err)
 	}
+	return w.hear()
+}
+
+func (w *watch) hear() error {
 	var buffer [128]byte
 	for {
 		n, err := raw(unix.SYS_READ, buffer[:])

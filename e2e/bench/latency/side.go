@@ -41,7 +41,8 @@ const (
 // Large is the side with a large cluster, which [Bench] starts; no row asks for it.
 func Large() table.Bench {
 	return table.Bench{Name: largeName, Run: func(ctx context.Context, env table.Env) (table.Report, error) {
-		plan := apiserver.Plan{Seed: 1, Node: world.NodeName, Local: local - 2, Pods: pods - 2, Namespaces: namespaces, Policies: policies}
+		plan := apiserver.Plan{Seed: 1, Node: world.NodeName,
+			Local: local - 2, Pods: pods - 2, Namespaces: namespaces, Policies: policies}
 		if env.Quick {
 			plan.Pods = quickPods - 2
 		}

@@ -75,7 +75,10 @@ func TestAnAnswerTellsWhichTryItIsFor(t *testing.T) {
 	for name, test := range map[string]struct {
 		flags byte
 		want  bool
-	}{"refused": {flagRST | flagACK, true}, "accepted": {flagSYN | flagACK, true}, "something else": {flagACK, false}, "no flags": {0, false}} {
+	}{
+		"refused": {flagRST | flagACK, true}, "accepted": {flagSYN | flagACK, true},
+		"something else": {flagACK, false}, "no flags": {0, false},
+	} {
 		tcp[13] = test.flags
 		if number, ok := answer(packet); ok != test.want || ok && number != 77 {
 			t.Errorf("%s: try %d, %t", name, number, ok)

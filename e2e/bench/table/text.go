@@ -57,7 +57,8 @@ func (t Text) Write(out io.Writer, r Result) error {
 // cells of the line, in the order of heads.
 func (j Judged) cells(name string) []string {
 	l := j.Line
-	return []string{fmt.Sprint(l.Row), name, l.side(l.Ours), l.side(l.Theirs), l.figure(j.Value), j.interval(), l.words(), string(j.Verdict)}
+	return []string{fmt.Sprint(l.Row), name, l.side(l.Ours), l.side(l.Theirs), l.figure(j.Value), j.interval(), l.words(),
+		string(j.Verdict)}
 }
 
 // about says what the line is beside, and how it was measured.

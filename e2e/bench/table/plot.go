@@ -104,7 +104,8 @@ func (d *drawing) panel(y float64, title string, lanes []lane) float64 {
 func (d *drawing) lane(y float64, axis scale, l lane) {
 	centre, colour := y+laneHeight/2, l.Verdict.colour()
 	d.text(44, centre-2, 12, right, ink, fmt.Sprint(l.Line.Row))
-	d.text(54, centre-2, 12, left, ink, shorten(l.Line.name(), nameRunes))
+	suffix := l.Line.suffix() // which tells lines apart
+	d.text(54, centre-2, 12, left, ink, shorten(l.Line.subject(), nameRunes-len(suffix))+suffix)
 	if l.Line.Beside != "" {
 		d.text(54, centre+11, 10, left, faint, shorten("beside "+l.Line.Beside, smallRunes))
 	}

@@ -93,18 +93,26 @@ func (r Result) Summary() string {
 }
 
 // name is what is measured, with the part, the quantile and the backend, where they matter.
-func (l Line) name() string {
+func (l Line) name() string { return l.subject() + l.suffix() }
+
+// subject is the name without the backend.
+func (l Line) subject() string {
 	name := l.What
 	if l.Part != "" {
 		name += ": " + l.Part
 	}
-	if l.Quantile != 0 && l.Quantile != 0.5 {
-		name += fmt.Sprintf(", p%g", math.Round(l.Quantile*1000)/10)
-	}
-	if l.Backend != "" {
-		name += " (" + l.Backend + ")"
+	quantile := fmt.Sprintf("p%g", math.Round(l.quantile()*1000)/10)
+	if l.quantile() != 0.5 && !strings.HasSuffix(name, quantile) {
+		name += ", " + quantile
 	}
 	return name
+}
+
+func (l Line) suffix() string {
+	if l.Backend == "" {
+		return ""
+	}
+	return " (" + l.Backend + ")"
 }
 
 // isRatio says that the line's value is a ratio, which has no unit.
@@ -163,7 +171,7 @@ func unit(u string) string {
 	return " " + u
 }
 
-// number has three digits that matter, and commas between thousands.
+// number has three digits that matter, commas between thousands, and says millions where there are many.
 func number(v float64) string {
 	size := math.Abs(v)
 	switch {
@@ -173,6 +181,8 @@ func number(v float64) string {
 		return "infinite"
 	case v == 0:
 		return "0"
+	case size >= 1e7:
+		return number(v/1e6) + " million"
 	case size >= 999.5:
 		return thousands(fmt.Sprintf("%.0f", v))
 	case size >= 99.95:

@@ -184,11 +184,22 @@ func TestARunReplacesTheOneInThePage(t *testing.T) {
 	}
 }
 
+func TestANameSaysTheQuantileOnceAndTheBackendLast(t *testing.T) {
+	for want, line := range map[string]Line{
+		"joins": {What: "joins", Quantile: 0.5}, "joins, p99 (nft)": {What: "joins", Quantile: 0.99, Backend: "nft"},
+		"joins: p99": {What: "joins", Part: "p99", Quantile: 0.99}, "joins: late, p99.9": {What: "joins", Part: "late", Quantile: 0.999},
+	} {
+		if got := line.name(); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
 func TestNumbersHaveThreeDigitsThatMatter(t *testing.T) {
 	for v, want := range map[float64]string{
 		0: "0", 0.000021: "2.1e-05", 0.021: "0.021", 0.0999: "0.0999", 0.1: "0.100", 0.9634: "0.963", 1: "1.00",
 		9.99: "9.99", 9.996: "10.0", 12.34: "12.3", 99.97: "100", 123.4: "123", 999.6: "1,000", 29412: "29,412", 1234567: "1,234,567",
-		-1234: "-1,234",
+		-1234: "-1,234", 9999999: "9,999,999", 1345066563: "1,345 million",
 	} {
 		if got := number(v); got != want {
 			t.Errorf("%v is written %s, want %s", v, got, want)

@@ -88,21 +88,26 @@ func (s *Server) SetAddresses(ctx context.Context, pod *corev1.Pod, addresses ..
 	return err
 }
 
-// each calls do for the numbers from first up to and without end, many at a time, until one fails.
+// each calls do for the numbers from first up to and without end, many at a time, over several connections, until one fails.
 func each(ctx context.Context, first, end int, do func(context.Context, *kubernetes.Clientset, int) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	clients, err := separate(connections)
 	if err != nil {
 		return err
 	}
+	return Each(ctx, first, end, atOnce, func(ctx context.Context, i int) error { return do(ctx, clients[i%connections], i) })
+}
+
+// Each calls do for the numbers from first up to and without end, so many at a time, until one fails.
+func Each(ctx context.Context, first, end, atOnce int, do func(context.Context, int) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	numbers := make(chan int)
 	var group sync.WaitGroup
-	for worker := range atOnce {
+	for range atOnce {
 		group.Go(func() {
 			for i := range numbers {
-				if err := do(ctx, clients[worker%connections], i); err != nil {
-					cancel(fmt.Errorf("make object %d of a kind: %w", i, err))
+				if err := do(ctx, i); err != nil {
+					cancel(fmt.Errorf("number %d of %d: %w", i, end, err))
 				}
 			}
 		})

@@ -159,3 +159,13 @@ func (s *Server) Stop() {
 	}
 	s.processes = nil
 }
+
+// Programs is the folder of the end-to-end tests' programs, given that of the benchmarks': in it, or beside it.
+func Programs(bin string) (string, error) {
+	for _, dir := range []string{filepath.Join(bin, "e2e"), filepath.Join(filepath.Dir(bin), "e2e")} {
+		if _, err := os.Stat(filepath.Join(dir, "bin/kube-apiserver")); err == nil {
+			return dir, nil
+		}
+	}
+	return "", fmt.Errorf("find kube-apiserver beside %s: it is not there; bin/e2e/bin/e2e build makes it", bin)
+}

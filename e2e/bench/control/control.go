@@ -28,6 +28,8 @@ const (
 
 	readyLimit = 3 * time.Minute // for policyd to read and write everything
 	stepLimit  = time.Minute     // for one change to be in the kernel
+
+	attachAtOnce = 4
 )
 
 // effort is how much is measured at one size of the cluster.
@@ -60,6 +62,15 @@ func sizes(env table.Env) []effort {
 	return []effort{small, rows, large}
 }
 
+// plan is the cluster, without its pods.
+func plan(env table.Env) apiserver.Plan {
+	p := apiserver.Plan{Seed: seed, Node: world.NodeName, Local: 250, Namespaces: 1000, Policies: 1000}
+	if env.Quick {
+		p.Local, p.Namespaces, p.Policies = 100, 200, 300
+	}
+	return p
+}
+
 // cluster is what is measured, at one backend of iptables.
 type cluster struct {
 	env     table.Env
@@ -78,8 +89,12 @@ type cluster struct {
 
 // run measures with the first backend; whoever wants both calls it for each, in other namespaces.
 func run(ctx context.Context, env table.Env) (table.Report, error) {
-	c := &cluster{env: env, backend: env.Backends[0], curves: map[string]*table.Curve{}}
-	err := c.measure(ctx)
+	c := &cluster{env: env, backend: env.Backends[0], plan: plan(env), curves: map[string]*table.Curve{}}
+	return c.run(ctx, sizes(env))
+}
+
+func (c *cluster) run(ctx context.Context, all []effort) (table.Report, error) {
+	err := c.measure(ctx, all)
 	if c.server != nil {
 		c.server.Stop()
 	}
@@ -92,8 +107,7 @@ func run(ctx context.Context, env table.Env) (table.Report, error) {
 	return c.report, err
 }
 
-func (c *cluster) measure(ctx context.Context) error {
-	all := sizes(c.env)
+func (c *cluster) measure(ctx context.Context, all []effort) error {
 	if err := c.build(ctx, all[0].pods); err != nil {
 		return err
 	}
@@ -131,10 +145,7 @@ func (c *cluster) rows(ctx context.Context, e effort) error {
 
 // build makes the cluster with its node and the node's pods, guarded by policyd.
 func (c *cluster) build(ctx context.Context, pods int) error {
-	c.plan = apiserver.Plan{Seed: seed, Node: world.NodeName, Local: 250, Pods: pods, Namespaces: 1000, Policies: 1000}
-	if c.env.Quick {
-		c.plan.Local, c.plan.Namespaces, c.plan.Policies = 100, 200, 300
-	}
+	c.plan.Pods = pods
 	c.next = c.plan.Local
 	var err error
 	if c.node, err = world.New(ctx, c.env, c.backend); err != nil {
@@ -159,16 +170,14 @@ func (c *cluster) build(ctx context.Context, pods int) error {
 		return err
 	}
 	c.env.Say("%s: attaching %d pods", c.backend, len(local))
-	for _, pod := range local {
+	return apiserver.Each(ctx, 0, len(local), attachAtOnce, func(ctx context.Context, i int) error {
+		pod := local[i]
 		addresses, err := c.node.Attach(ctx, world.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID)})
 		if err != nil {
 			return err
 		}
-		if err := c.server.SetAddresses(ctx, pod, addresses...); err != nil {
-			return err
-		}
-	}
-	return nil
+		return c.server.SetAddresses(ctx, pod, addresses...)
+	})
 }
 
 // grow makes pods until there are so many.

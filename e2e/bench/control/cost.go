@@ -41,7 +41,7 @@ func (c *cluster) costs(ctx context.Context, e effort) error {
 		c.line(e, table.Line{Row: 11, What: "idle CPU", Unit: "% of a core", Ours: []float64{cost}, Mark: table.NoMoreThan(0.1),
 			Explain: fmt.Sprintf("CPU time of policyd and the programs it ran, over %v without any change in the cluster.", e.idle)})
 		c.point(e, "CPU of policyd", "idle", "% of a core", cost)
-		if err := c.explain(ctx, "idle", c.report.Lines, func(ctx context.Context) error { return wait(ctx, time.Second) }); err != nil {
+		if err := c.explain(ctx, "idle", func(ctx context.Context) error { return wait(ctx, time.Second) }); err != nil {
 			return err
 		}
 	}
@@ -99,7 +99,7 @@ func (c *cluster) load(ctx context.Context, e effort) error {
 		Mark: table.NoMoreThan(5), Explain: fmt.Sprintf("CPU time of policyd and the programs it ran, over %v. Each change matters: the label of "+
 			"a remote pod comes or goes by which a policy of this node lets it in.", e.busy)})
 	c.point(e, "CPU of policyd", fmt.Sprintf("%d changes of remote pods a second", e.rate), "% of a core", cost)
-	return c.explain(ctx, "changes", c.report.Lines, func(ctx context.Context) error { return c.changes(ctx, e.rate, time.Second) })
+	return c.explain(ctx, "changes", func(ctx context.Context) error { return c.changes(ctx, e.rate, time.Second) })
 }
 
 // changes makes changes at a rate for a time: a pod becomes a guest, and no guest again.

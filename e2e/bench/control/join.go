@@ -63,10 +63,14 @@ func (c *cluster) joins(ctx context.Context, e effort) error {
 		c.point(e, "A remote pod joins a peer list", p.part, "ms", table.Quantile(ours, p.quantile))
 	}
 	c.point(e, "A remote pod joins a peer list", "one ipset add by itself", "ms", table.Quantile(theirs, 0.5))
-	return c.explain(ctx, "join", c.report.Lines, func(ctx context.Context) error {
+	again := func(ctx context.Context) error {
 		_, err := c.join(ctx, sets{questions}, set)
+		return errors.Join(err, c.quiet(ctx))
+	}
+	if err := c.explain(ctx, "join", again); err != nil || !c.short(6) {
 		return err
-	})
+	}
+	return c.during(ctx, fmt.Sprintf("join-%d.trace", c.plan.Pods), "/debug/pprof/trace?seconds=1", again) // who waits for whom
 }
 
 // join lets the next remote pod in, and returns how long policyd took from the event.

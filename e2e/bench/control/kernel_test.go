@@ -45,7 +45,7 @@ func TestWhatReachesPolicydIsSeenOnTheWire(t *testing.T) {
 	}
 	defer server.Close()
 	serve := func(address string, size int) {
-		conn, err := net.Dial("tcp4", fmt.Sprintf("%s:%d", address, apiserver.Port))
+		conn, err := net.Dial("tcp4", net.JoinHostPort(address, fmt.Sprint(apiserver.Port)))
 		if err != nil {
 			t.Fatal(err)
 		}

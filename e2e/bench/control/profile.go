@@ -6,15 +6,18 @@ import (
 	"os"
 	"path/filepath"
 	"time"
-
-	"github.com/postern-cni/postern/e2e/bench/table"
 )
 
 // profiles is the folder, in that of the benchmark, with what pprof says of rows that fall short.
 const profiles = "profiles"
 
-// profileTime is how long policyd's CPU is looked at.
-const profileTime = 5 * time.Second
+// seconds is how long policyd's CPU is looked at.
+func (c *cluster) seconds() int {
+	if c.env.Quick {
+		return 2
+	}
+	return 5
+}
 
 // save keeps a page of policyd's pprof.
 func (c *cluster) save(ctx context.Context, name, page string) error {
@@ -31,14 +34,18 @@ func (c *cluster) save(ctx context.Context, name, page string) error {
 }
 
 // explain looks at policyd's CPU while something is done again and again, if the last line that was added falls short.
-func (c *cluster) explain(ctx context.Context, name string, lines []table.Line, again func(context.Context) error) error {
-	if len(lines) == 0 || !c.short(lines, lines[len(lines)-1].Row) {
+func (c *cluster) explain(ctx context.Context, name string, again func(context.Context) error) error {
+	lines := c.report.Lines
+	if len(lines) == 0 || !c.short(lines[len(lines)-1].Row) {
 		return nil
 	}
+	return c.during(ctx, fmt.Sprintf("%s-%d.cpu", name, c.plan.Pods), fmt.Sprintf("/debug/pprof/profile?seconds=%d", c.seconds()), again)
+}
+
+// during saves a page of policyd's pprof while something is done again and again.
+func (c *cluster) during(ctx context.Context, name, page string, again func(context.Context) error) error {
 	done := make(chan error, 1)
-	go func() {
-		done <- c.save(ctx, fmt.Sprintf("%s-%d.cpu", name, c.plan.Pods), fmt.Sprintf("/debug/pprof/profile?seconds=%d", int(profileTime.Seconds())))
-	}()
+	go func() { done <- c.save(ctx, name, page) }()
 	for {
 		select {
 		case err := <-done:
@@ -64,7 +71,7 @@ func (c *cluster) profileStart(ctx context.Context) error {
 	}
 	if err == nil {
 		err = c.save(ctx, fmt.Sprintf("start-%s-%d.cpu", c.backend, c.plan.Pods), fmt.Sprintf("/debug/pprof/profile?seconds=%d",
-			int(profileTime.Seconds())))
+			c.seconds()))
 	}
 	if err == nil {
 		err = c.ready(ctx)

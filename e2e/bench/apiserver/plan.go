@@ -11,8 +11,9 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
-// Plan says what is in a cluster. The first Local pods are on the node of that name and have no address before [Server.SetAddresses];
-// the others are spread over other nodes. Local pods are in the first tenth of the namespaces, which have half of the policies.
+// Plan says what is in a cluster. The first Local pods are on the node of that name and have no address before
+// [Server.SetAddresses]; the others are spread over other nodes. Local pods are in the first tenth of the namespaces, which have
+// half of the policies.
 type Plan struct {
 	Seed                       uint64
 	Node                       string
@@ -147,7 +148,8 @@ func (p Plan) PolicyObject(i int) *networkingv1.NetworkPolicy {
 		return policy
 	case 1:
 		most := &metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{
-			{Key: "tier", Operator: metav1.LabelSelectorOpNotIn, Values: []string{"database"}}, {Key: "tier", Operator: metav1.LabelSelectorOpExists},
+			{Key: "tier", Operator: metav1.LabelSelectorOpNotIn, Values: []string{"database"}},
+			{Key: "tier", Operator: metav1.LabelSelectorOpExists},
 		}}
 		policy.Spec = ingress(metav1.LabelSelector{}, ports(r), peer(&metav1.LabelSelector{}, most))
 		return policy
@@ -195,8 +197,10 @@ func is(key, value string) *metav1.LabelSelector {
 func ingress(
 	selected metav1.LabelSelector, ports []networkingv1.NetworkPolicyPort, from ...networkingv1.NetworkPolicyPeer,
 ) networkingv1.NetworkPolicySpec {
-	return networkingv1.NetworkPolicySpec{PodSelector: selected, PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
-		Ingress: []networkingv1.NetworkPolicyIngressRule{{From: from, Ports: ports}}}
+	return networkingv1.NetworkPolicySpec{
+		PodSelector: selected, PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
+		Ingress: []networkingv1.NetworkPolicyIngressRule{{From: from, Ports: ports}},
+	}
 }
 
 func ports(r *rand.Rand) []networkingv1.NetworkPolicyPort {

@@ -37,8 +37,8 @@ func (s *Server) Seed(ctx context.Context, p Plan) ([]*corev1.Pod, error) {
 	return s.Grow(ctx, Plan{Seed: p.Seed, Node: p.Node, Local: p.Local, Namespaces: p.Namespaces, Policies: p.Policies}, p)
 }
 
-// Grow makes the pods, and the nodes for them, that a plan has and a smaller one with the same local pods has not. It returns those
-// that are local.
+// Grow makes the pods, and the nodes for them, that a plan has and a smaller one with the same local pods has not. It returns
+// those that are local.
 func (s *Server) Grow(ctx context.Context, from, to Plan) ([]*corev1.Pod, error) {
 	first := 0
 	if from.Pods > 0 {

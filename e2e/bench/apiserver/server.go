@@ -19,8 +19,8 @@ import (
 )
 
 const (
-	// address is where the API server answers whoever measures, and Watched where it answers policyd: another address of the loopback
-	// link, so that packets to policyd can be told from others.
+	// address is where the API server answers whoever measures, and Watched where it answers policyd: another address of the
+	// loopback link, so that packets to policyd can be told from others.
 	address = "127.0.0.1"
 	Watched = "127.0.0.2"
 	// Port of both.
@@ -50,8 +50,8 @@ type Server struct {
 	processes  []*exec.Cmd
 }
 
-// Start runs etcd and the API server, and waits until that is ready. bin is the folder of the end-to-end tests' programs, bin/e2e;
-// all data is in dir, which should be on a tmpfs: etcd waits for the disk at each write.
+// Start runs etcd and the API server, and waits until that is ready. bin is the folder of the end-to-end tests' programs, see
+// [Programs]; all data is in dir, which should be on a tmpfs: etcd waits for the disk at each write.
 func Start(ctx context.Context, bin, dir string) (*Server, error) {
 	s := &Server{dir: dir, Kubeconfig: filepath.Join(dir, "kubeconfig")}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -93,7 +93,8 @@ func (s *Server) files() error {
 		return err
 	}
 	config := clientcmdapi.NewConfig()
-	config.Clusters["bench"] = &clientcmdapi.Cluster{Server: fmt.Sprintf("https://%s:%d", Watched, Port), InsecureSkipTLSVerify: true}
+	server := fmt.Sprintf("https://%s:%d", Watched, Port)
+	config.Clusters["bench"] = &clientcmdapi.Cluster{Server: server, InsecureSkipTLSVerify: true}
 	config.AuthInfos["admin"] = &clientcmdapi.AuthInfo{Token: token}
 	config.Contexts["bench"] = &clientcmdapi.Context{Cluster: "bench", AuthInfo: "admin"}
 	config.CurrentContext = "bench"

@@ -262,8 +262,8 @@ func (c *cluster) empty(ctx context.Context) error {
 	if err := c.stop(); err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, filepath.Join(c.env.Bin, "policyd"), "cleanup", "--state-dir", world.StateDir).CombinedOutput()
-	if err != nil {
+	cleanup := exec.CommandContext(ctx, filepath.Join(c.env.Bin, "policyd"), "cleanup", "--state-dir", world.StateDir)
+	if out, err := cleanup.CombinedOutput(); err != nil {
 		return fmt.Errorf("policyd cleanup: %w: %s", err, out)
 	}
 	return nil

@@ -62,7 +62,8 @@ func (c *cluster) memory(ctx context.Context, e effort) error {
 		return err
 	}
 	part := fmt.Sprintf("%d pods", e.pods)
-	c.line(e, table.Line{Row: 10, Part: part, What: "resident memory", Unit: "MiB", Ours: []float64{now}, Mark: table.NoMoreThan(e.mebibytes),
+	c.line(e, table.Line{Row: 10, Part: part, What: "resident memory", Unit: "MiB", Ours: []float64{now},
+		Mark:    table.NoMoreThan(e.mebibytes),
 		Explain: fmt.Sprintf("VmRSS of policyd %v after it has read everything, in its second start with this cluster.", e.settling)})
 	c.line(e, table.Line{Row: 10, Part: part + ", at most", What: "the most so far", Unit: "MiB", Ours: []float64{peak},
 		Explain: "VmHWM of the same process: most is needed while everything is read."})
@@ -95,10 +96,11 @@ func (c *cluster) load(ctx context.Context, e effort) error {
 	if err != nil {
 		return err
 	}
-	c.line(e, table.Line{Row: 12, What: fmt.Sprintf("%d changes of remote pods a second", e.rate), Unit: "% of a core", Ours: []float64{cost},
-		Mark: table.NoMoreThan(5), Explain: fmt.Sprintf("CPU time of policyd and the programs it ran, over %v. Each change matters: the label of "+
-			"a remote pod comes or goes by which a policy of this node lets it in.", e.busy)})
-	c.point(e, "CPU of policyd", fmt.Sprintf("%d changes of remote pods a second", e.rate), "% of a core", cost)
+	what := fmt.Sprintf("%d changes of remote pods a second", e.rate)
+	c.line(e, table.Line{Row: 12, What: what, Unit: "% of a core", Ours: []float64{cost}, Mark: table.NoMoreThan(5),
+		Explain: fmt.Sprintf("CPU time of policyd and the programs it ran, over %v. Each change matters: the label of a remote pod "+
+			"comes or goes by which a policy of this node lets it in.", e.busy)})
+	c.point(e, "CPU of policyd", what, "% of a core", cost)
 	return c.explain(ctx, "changes", func(ctx context.Context) error { return c.changes(ctx, e.rate, time.Second) })
 }
 
@@ -158,8 +160,8 @@ func (c *cluster) cpuDuring(ctx context.Context, d time.Duration, do func(contex
 	return 100 * float64(after-before) / float64(d), err
 }
 
-// cpu is the time that policyd has had, to the nanosecond (CLOCK_PROCESS_CPUTIME_ID of another process, clock_getcpuclockid(3)), and
-// the children that it has waited for, in ticks of 10 ms (cutime and cstime of proc(5)).
+// cpu is the time that policyd has had, to the nanosecond (clock_getcpuclockid(3)), and the children that it has waited for, in
+// ticks of 10 ms (cutime and cstime of proc(5)).
 func (c *cluster) cpu() (time.Duration, error) {
 	var t unix.Timespec
 	if err := unix.ClockGettime(int32(^c.policyd.Pid<<3|2), &t); err != nil {

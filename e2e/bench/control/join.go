@@ -51,15 +51,16 @@ func (c *cluster) joins(ctx context.Context, e effort) error {
 			return err
 		}
 	}
-	const explain = "A remote pod gets the label that a policy's peers have. From the packet with the event reaching policyd's socket " +
-		"(kernel's clock) to the address being in the set, asked every 20 µs; the bare add is one netlink message from a warm socket."
+	const explain = "A remote pod gets the label that a policy's peers have. From the packet with the event reaching policyd's " +
+		"socket (kernel's clock) to the address being in the set, asked every 20 µs; the bare add is one netlink message."
 	for _, p := range []struct {
 		part     string
 		quantile float64
 		most     float64
 	}{{"p50", 0.5, 1}, {"p99", 0.99, 5}} {
-		c.line(e, table.Line{Row: 6, Part: p.part, What: "a remote pod joins a peer list, event to kernel", Beside: "one ipset add by itself",
-			Unit: "ms", Ours: ours, Theirs: theirs, Quantile: p.quantile, Mark: table.NoMoreThan(p.most), Explain: explain})
+		c.line(e, table.Line{Row: 6, Part: p.part, What: "a remote pod joins a peer list, event to kernel",
+			Beside: "one ipset add by itself", Unit: "ms", Ours: ours, Theirs: theirs, Quantile: p.quantile,
+			Mark: table.NoMoreThan(p.most), Explain: explain})
 		c.point(e, "A remote pod joins a peer list", p.part, "ms", table.Quantile(ours, p.quantile))
 	}
 	c.point(e, "A remote pod joins a peer list", "one ipset add by itself", "ms", table.Quantile(theirs, 0.5))

@@ -101,7 +101,7 @@ func openTables(backend string) (*tables, error) {
 	return t, nil
 }
 
-// version changes with each commit: nft's generation is counted by the kernel; of legacy's table mangle, the number of entries and
+// version changes with each commit: nft's generation, which the kernel counts; of legacy, the number of entries in table mangle and
 // their size, in either family.
 func (t *tables) version() (v [2]uint64, err error) {
 	if t.backend == "nft" {

@@ -81,11 +81,11 @@ func (c *cluster) policies(ctx context.Context, e effort) error {
 	if err := restoreTables(ctx, c.backend, without(chains.with)); err != nil { // they look into sets, which must be free to go
 		return err
 	}
-	explain := fmt.Sprintf("A policy with two rules for ten pods that others isolate already. From the packet with the event reaching policyd's "+
-		"socket to the last commit of either family, beside the same %d lines restored into chains of other names, one program for "+
-		"each family, from its start to the last commit; policyd stands still meanwhile.", chains.lines)
-	c.line(e, table.Line{Row: 7, What: "a new policy that selects 10 local pods, event to kernel", Unit: "ms", Ours: ours, Theirs: theirs,
-		Beside: "iptables-restore --noflush of the same lines", Mark: table.AtMost(1.5), Explain: explain})
+	explain := fmt.Sprintf("A policy with two rules for ten pods that others isolate already. From the packet with the event "+
+		"reaching policyd's socket to the last commit of either family, beside the same %d lines restored into chains of other "+
+		"names, one program for each family, from its start to the last commit; policyd stands still meanwhile.", chains.lines)
+	c.line(e, table.Line{Row: 7, What: "a new policy that selects 10 local pods, event to kernel", Unit: "ms", Ours: ours,
+		Theirs: theirs, Beside: "iptables-restore --noflush of the same lines", Mark: table.AtMost(1.5), Explain: explain})
 	c.line(e, table.Line{Row: 7, Part: "the first family", What: "the same, to the first commit", Unit: "ms", Ours: first,
 		Explain: "To the first of the two commits: IPv4's, where the families are written one after the other."})
 	const plot = "A new policy that selects 10 local pods"

@@ -11,12 +11,12 @@ import (
 // profiles is the folder, in that of the benchmark, with what pprof says of rows that fall short.
 const profiles = "profiles"
 
-// seconds is how long policyd's CPU is looked at.
-func (c *cluster) seconds() int {
+// profile is the page with what policyd's CPU does from now on.
+func (c *cluster) profile() string {
 	if c.env.Quick {
-		return 2
+		return "/debug/pprof/profile?seconds=2"
 	}
-	return 5
+	return "/debug/pprof/profile?seconds=5"
 }
 
 // save keeps a page of policyd's pprof.
@@ -39,7 +39,7 @@ func (c *cluster) explain(ctx context.Context, name string, again func(context.C
 	if len(lines) == 0 || !c.short(lines[len(lines)-1].Row) {
 		return nil
 	}
-	return c.during(ctx, fmt.Sprintf("%s-%d.cpu", name, c.plan.Pods), fmt.Sprintf("/debug/pprof/profile?seconds=%d", c.seconds()), again)
+	return c.during(ctx, fmt.Sprintf("%s-%d.cpu", name, c.plan.Pods), c.profile(), again)
 }
 
 // during saves a page of policyd's pprof while something is done again and again.
@@ -70,8 +70,7 @@ func (c *cluster) profileStart(ctx context.Context) error {
 		}
 	}
 	if err == nil {
-		err = c.save(ctx, fmt.Sprintf("start-%s-%d.cpu", c.backend, c.plan.Pods), fmt.Sprintf("/debug/pprof/profile?seconds=%d",
-			c.seconds()))
+		err = c.save(ctx, fmt.Sprintf("start-%s-%d.cpu", c.backend, c.plan.Pods), c.profile())
 	}
 	if err == nil {
 		err = c.ready(ctx)

@@ -88,9 +88,9 @@ func (c *cluster) starts(ctx context.Context, e effort) error {
 	rules := strings.Count(result.tables[0]+result.tables[1], "\n-A ")
 	c.line(e, table.Line{Row: 8, What: "start of policyd, cold kernel, until everything is enforced", Unit: "ms", Ours: ours,
 		Theirs: theirs, Beside: "one restore of the whole result plus the set fills", Mark: table.AtMost(3),
-		Explain: fmt.Sprintf("From the start of the process to /readyz saying so, reading everything from the API server included, beside "+
-			"%d sets made and filled with %d entries over one netlink socket (many entries a message) and %d rules restored, one program "+
-			"for each family.", len(result.sets), entries, rules)})
+		Explain: fmt.Sprintf("From the start of the process to /readyz saying so, reading everything from the API server included, "+
+			"beside %d sets made and filled with %d entries over one netlink socket (many entries a message) and %d rules restored, "+
+			"one program for each family.", len(result.sets), entries, rules)})
 	c.line(e, table.Line{Row: 8, Part: "reading", What: "of that: the objects by themselves", Unit: "ms", Ours: reading,
 		Explain: "The same lists, all at once, by client-go in protobuf, from the API server's cache, until the last is decoded."})
 	const plot = "Start of policyd with a cold kernel"
@@ -194,9 +194,9 @@ func (c *cluster) restarts(ctx context.Context, e effort) error {
 		}
 		writes = append(writes, own+float64(commits)+float64(difference(before, after)))
 	}
-	c.line(e, table.Line{Row: 9, Backend: c.backend, What: "kernel writes of a restart with a correct kernel", Unit: "writes", Ours: writes,
-		Mark: table.NoMoreThan(0), Explain: "Restores and set messages that policyd counts itself, commits that the kernel counts (nft's " +
-			"generation), and lines and entries that differ from before."})
+	c.line(e, table.Line{Row: 9, What: "kernel writes of a restart with a correct kernel", Unit: "writes", Ours: writes,
+		Mark: table.NoMoreThan(0), Explain: "Restores and set messages that policyd counts itself, commits that the kernel counts " +
+			"(nft's generation), and lines and entries that differ from before."})
 	return nil
 }
 

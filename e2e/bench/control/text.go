@@ -73,8 +73,8 @@ func chainsOf(text string) map[string][]string {
 // rename gives chains other names, which begin with these letters in place of PST.
 const rename = "BEN"
 
-// rewrite returns what iptables-restore needs to give chains of table mangle, under other names, the content that they have in one
-// saved text: those that differ between it and another one.
+// rewrite returns what iptables-restore needs to give chains of table mangle, under other names, the content that they have in
+// one saved text: those that differ between it and another one.
 func rewrite(content, other saved) (text saved, lines int) {
 	for i := range families {
 		is, was := chainsOf(content[i]), chainsOf(other[i])

@@ -37,7 +37,8 @@ COMMIT
 	if gone := without(text); gone[0] != "*mangle\n:BEN-I-aa - [0:0]\n-X BEN-I-aa\nCOMMIT\n" || gone[1] != "" {
 		t.Errorf("to remove them:\n%s\n%s", gone[0], gone[1])
 	}
-	if text, _ = rewrite(saved{before, before}, saved{after, before}); text[0] != "*mangle\n:BEN-I-aa - [0:0]\n-A BEN-I-aa -j DROP\nCOMMIT\n" {
+	text, _ = rewrite(saved{before, before}, saved{after, before})
+	if text[0] != "*mangle\n:BEN-I-aa - [0:0]\n-A BEN-I-aa -j DROP\nCOMMIT\n" {
 		t.Errorf("and back:\n%s", text[0])
 	}
 }

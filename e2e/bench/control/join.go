@@ -18,6 +18,10 @@ import (
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
+// joinPause is between two changes. It is a time, and not a wait until policyd has nothing to do: a change that comes while policyd
+// compares the kernel with what it should hold counts as well.
+const joinPause = 40 * time.Millisecond
+
 // joins is row 6: remote pods get, one after the other, the label by which a policy lets them in.
 func (c *cluster) joins(ctx context.Context, e effort) error {
 	questions, err := nfnetlink.Open()
@@ -47,7 +51,7 @@ func (c *cluster) joins(ctx context.Context, e effort) error {
 		if i >= e.warmJoins {
 			ours, theirs = append(ours, milliseconds(took)), append(theirs, milliseconds(bare))
 		}
-		if err := c.quiet(ctx); err != nil {
+		if err := wait(ctx, joinPause); err != nil {
 			return err
 		}
 	}
@@ -66,7 +70,7 @@ func (c *cluster) joins(ctx context.Context, e effort) error {
 	c.point(e, "A remote pod joins a peer list", "one ipset add by itself", "ms", table.Quantile(theirs, 0.5))
 	again := func(ctx context.Context) error {
 		_, err := c.join(ctx, sets{questions}, set)
-		return errors.Join(err, c.quiet(ctx))
+		return errors.Join(err, wait(ctx, joinPause))
 	}
 	if err := c.explain(ctx, "join", again); err != nil || !c.short(6) {
 		return err

@@ -1,5 +1,5 @@
 // Package build makes what a cluster of package cluster is made of, in one folder, and makes it again only where something has
-// changed: Kubernetes' programs, the upstream suites, and helpers from Go modules, whose versions e2e/kubernetes and e2e/coredns
+// changed: Kubernetes' programs, the upstream suites, and helpers from Go modules, whose versions e2e/kubernetes, e2e/coredns and e2e/etcd
 // pin; a container runtime and etcd from Debian packages, unpacked and not installed; and images, for there is no registry.
 package build
 
@@ -39,6 +39,7 @@ var programs = []program{
 	{"ginkgo", "e2e/kubernetes", "github.com/onsi/ginkgo/v2/ginkgo", false},
 	{"e2e.test", "e2e/kubernetes", "k8s.io/kubernetes/test/e2e", true},
 	{"coredns", "e2e/coredns", "github.com/coredns/coredns", false},
+	{"etcd", "e2e/etcd", "go.etcd.io/etcd/server/v3", false}, // the benchmarks' own; the cluster's is Debian's
 	{"pause", "e2e", "./pause", false},
 }
 

@@ -21,6 +21,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/postern-cni/postern/e2e/bench/cni"
+	"github.com/postern-cni/postern/e2e/bench/control"
 	"github.com/postern-cni/postern/e2e/bench/latency"
 	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/isolate"
@@ -29,16 +31,16 @@ import (
 // benches are all there are, in the order in which they run; those without rows are parts that another one starts.
 func benches() []table.Bench {
 	return []table.Bench{
-		// cni: rows 1 to 5, 17
+		cni.Bench(),
 		// packets: rows 13 to 15
-		// control: rows 6 to 12
+		control.Bench(),
 		latency.Bench(startSide), latency.Large(), latency.Empty(),
 	}
 }
 
 // onBoth are the rows that are measured with both backends of iptables; the others do not depend on it, and are measured with the
 // first.
-var onBoth = []int{3, 7, 8, 13, 14}
+var onBoth = []int{3, 4, 7, 8, 13, 14}
 
 func main() {
 	if is, err := latency.Prober(); is {

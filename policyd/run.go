@@ -55,8 +55,9 @@ func (o *options) register(flags *flag.FlagSet) {
 	flags.StringVar(&o.stateDir, "state-dir", attachment.DefaultStateDir, "the node's state `folder`, shared with the plugin")
 	flags.StringVar(&o.backend, "iptables-backend", "auto", "`backend`: nft, legacy, or auto: what the node's other software uses")
 	flags.StringVar(&o.listen, "listen", "127.0.0.1:9478", "`address` for /metrics, /healthz and /readyz; empty for none")
-	flags.DurationVar(&o.repair, "repair-interval", 10*time.Second, "how often all of our rules, sets and\n"+
-		"links are compared with what they should be; most changes by others are noticed at once")
+	flags.DurationVar(&o.repair, "repair-interval", time.Minute, "how often links, hostPorts and\n"+
+		"the sizes of sets are compared with what they should be, and every tenth time (less than a minute: always)\n"+
+		"all rules and entries; most changes by others are noticed at once")
 	flags.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	flags.BoolVar(&o.logJSON, "log-json", false, "log in JSON")
 	flags.BoolVar(&o.pprof, "pprof", false, "serve /debug/pprof/ too")

@@ -244,18 +244,22 @@ func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part) (found 
 }
 
 // Glance compares the numbers of entries of the sets with those that are wanted, and returns the parts in which they differ. An
-// entry in the place of another does not show.
-func (p *Plane) Glance() (differ []Part, err error) {
+// entry in the place of another does not show. Without peers, only the few sets are looked at that say who is here: it costs the same
+// however large the cluster is.
+func (p *Plane) Glance(peers bool) (differ []Part, err error) {
 	if err := p.open(); err != nil {
 		return nil, err
 	}
-	counts, err := p.sets.Counts(p.scope.SetPrefix)
+	counts, err := p.counts(peers)
 	if err != nil {
 		return nil, err
 	}
 	for _, v := range rule.Families {
 		f := p.family[v]
 		for name, s := range f.sets {
+			if s.Role == rule.Peers && !peers {
+				continue
+			}
 			n, there := counts[name]
 			if todo := f.todo.sets[name] || len(f.todo.entries[name]) > 0; !todo && (!there || n != s.has.len()) {
 				differ = append(differ, Part{Family: v})
@@ -264,6 +268,27 @@ func (p *Plane) Glance() (differ []Part, err error) {
 		}
 	}
 	return differ, nil
+}
+
+func (p *Plane) counts(peers bool) (map[string]int, error) {
+	if peers {
+		return p.sets.Counts(p.scope.SetPrefix)
+	}
+	counts := map[string]int{}
+	for _, f := range p.family {
+		for name, s := range f.sets {
+			if s.Role == rule.Peers {
+				continue
+			}
+			n, err := p.sets.Count(name)
+			if err == nil {
+				counts[name] = n
+			} else if !errors.Is(err, ipset.ErrNotExist) {
+				return nil, err
+			}
+		}
+	}
+	return counts, nil
 }
 
 // Watched has a watcher told of what is written here.

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -42,7 +43,9 @@ type Config struct {
 	// Unplaced says that pods without a node may come to this one: manifests often name none.
 	Unplaced bool
 	Backend  iptables.Backend
-	// RepairInterval is how often the kernel is compared with what was written.
+	// RepairInterval is how often the kernel is compared with what was written: links, hostPorts, the numbers of the sets' entries, and
+	// rules where the kernel does not announce who changes them. Every tenth time, and with an interval of less than a minute
+	// always, it is all rules and all entries.
 	RepairInterval time.Duration
 	Metrics        *metrics.Metrics
 	Log            *slog.Logger
@@ -55,7 +58,7 @@ type Config struct {
 const (
 	heartbeat    = 2 * time.Second
 	collectEvery = 30 * time.Second
-	// glanceEvery is how often the entries of our sets are counted.
+	// glanceEvery is how often the entries of the sets are counted that say who is here.
 	glanceEvery = 500 * time.Millisecond
 	// lookPause and portPause are how long after a look for damage the next one is, at least.
 	lookPause = 100 * time.Millisecond
@@ -99,7 +102,9 @@ type Engine struct {
 	suspects    suspects // to be judged when something was taken away
 	again, next suspects // to be judged a second time, and those after them
 	portsSeen   bool
-	blind       bool // sets could not be counted the last time
+	compared    int         // comparisons so far
+	unwatched   atomic.Bool // the kernel's announcements are not heard
+	blind       bool        // sets could not be counted the last time
 	retry       time.Duration
 	reported    map[string]bool // problems that the log has already
 
@@ -107,6 +112,8 @@ type Engine struct {
 	waiters []*waiter
 	status  Status
 	pods    map[string]PodStatus // by interface
+	// namespaces are the network namespaces of all records, by path.
+	namespaces []string
 	beat    time.Time
 }
 
@@ -208,9 +215,9 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		case links := <-others.linkChanges():
 			found.linksOf(links)
 		case <-glance.C:
-			e.glance(&found)
+			e.glance(&found, false)
 		case <-compare.C:
-			found = damage{everything: true, ports: true}
+			found = e.comparison()
 		case <-looks.due:
 			looks.done()
 			e.repair(ctx, found)
@@ -235,7 +242,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		if pass || e.moved || e.relist && e.started() {
 			retry = e.backoff(e.pass(ctx))
 		}
-		if found.everything || len(found.parts)+len(found.links) > 0 {
+		if found.everything || found.allLinks || len(found.parts)+len(found.links) > 0 {
 			looks.ask()
 		}
 		if found.ports {

@@ -69,6 +69,13 @@ func (e *Engine) learn(changes object.Changes) policy.Delta {
 			return e.index.Pod(key)
 		})
 		e.moved = false
+		paths := make([]string, 0, len(e.records))
+		for _, a := range e.records {
+			paths = append(paths, a.NetNS)
+		}
+		e.mu.Lock()
+		e.namespaces = paths
+		e.mu.Unlock()
 	}
 	delta := e.index.Update(update)
 	for _, p := range delta.OldRanges {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -22,6 +23,7 @@ import (
 // damage is where somebody else may have changed our part of the kernel.
 type damage struct {
 	everything bool
+	allLinks   bool
 	parts      map[dataplane.Part]bool
 	links      map[string]bool
 	ports      bool
@@ -37,6 +39,7 @@ type watchers struct {
 func (e *Engine) watch(ctx context.Context, wg *sync.WaitGroup) (w watchers) {
 	failed := func(err error) {
 		if err != nil && ctx.Err() == nil {
+			e.unwatched.Store(true)
 			e.fail("watch", "what others change is found by comparison alone, every "+e.RepairInterval.String(), err)
 		}
 	}
@@ -68,6 +71,19 @@ func (w watchers) linkChanges() <-chan []string {
 	return w.links.Changes()
 }
 
+// thorough is how many comparisons there are to one that is made of everything.
+const thorough = 10
+
+// comparison is what is looked at without a reason.
+func (e *Engine) comparison() damage {
+	e.compared++
+	announced := e.Backend == iptables.NFT && !e.unwatched.Load()
+	if announced && e.RepairInterval >= time.Minute && e.compared%thorough != 0 {
+		return damage{allLinks: true, ports: true}
+	}
+	return damage{everything: true, allLinks: true, ports: true}
+}
+
 // tables notes the tables in which others were at work.
 func (d *damage) tables(notices []iptables.Notice) {
 	if d.parts == nil {
@@ -88,12 +104,12 @@ func (d *damage) linksOf(names []string) {
 	}
 }
 
-// glance has sets read whose numbers of entries are not right: nobody announces what is done to them.
-func (e *Engine) glance(d *damage) {
+// glance has sets read, those that say who is here or all, whose numbers of entries are not right: nobody announces what is done to them.
+func (e *Engine) glance(d *damage, peers bool) {
 	if !e.started() {
 		return
 	}
-	parts, err := e.plane.Glance()
+	parts, err := e.plane.Glance(peers)
 	if err != nil && !e.blind {
 		e.fail("read", "cannot count the entries of our sets", err)
 	}
@@ -109,7 +125,7 @@ func (e *Engine) repair(ctx context.Context, d damage) {
 		return // everything is about to be read
 	}
 	e.repairLinks(ctx, d)
-	e.glance(&d) // who flushes tables may have gone on to the sets
+	e.glance(&d, true) // who flushes tables may have gone on to the sets
 	parts := slices.Collect(maps.Keys(d.parts))
 	if d.everything {
 		e.relist, parts = true, nil
@@ -136,7 +152,7 @@ func (e *Engine) repair(ctx context.Context, d damage) {
 // repairLinks puts back what somebody took from the links of attached pods.
 func (e *Engine) repairLinks(ctx context.Context, d damage) {
 	for _, a := range e.attached() {
-		if !d.everything && !d.links[a.HostInterface] {
+		if !d.allLinks && !d.links[a.HostInterface] {
 			continue
 		}
 		found, err := e.restoreLink(a)
@@ -254,6 +270,19 @@ func (e *Engine) alive() ([]*attachment.Attachment, error) {
 	return alive, nil
 }
 
+// allHere reports whether the namespace of every record that is known is there: then no record needs to be read.
+func (e *Engine) allHere() bool {
+	e.mu.Lock()
+	paths := e.namespaces
+	e.mu.Unlock()
+	for _, path := range paths {
+		if _, err := os.Stat(path); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
 // collect removes attachments whose container is gone, now and then: containerd never calls GC.
 func (e *Engine) collect(ctx context.Context) {
 	ticker := time.NewTicker(collectEvery)
@@ -263,6 +292,9 @@ func (e *Engine) collect(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
+		}
+		if e.allHere() {
+			continue
 		}
 		within, cancel := context.WithTimeout(ctx, collectEvery)
 		n, err := attach.Collect(within, e.StateDir)

@@ -35,6 +35,18 @@ func (s *Sets) Counts(prefix string) (map[string]int, error) {
 	return counts, nil
 }
 
+// Count returns the number of entries of one set, for the price of that one, or an error that is [ErrNotExist].
+func (s *Sets) Count(name string) (int, error) {
+	found, err := s.dump(name, listHeader, name)
+	if err == nil && found[name] == nil {
+		err = ErrNotExist
+	}
+	if err != nil {
+		return 0, wrap("count", name, err)
+	}
+	return found[name].count, nil
+}
+
 // List returns the sets whose names begin with the prefix, sorted, with their entries sorted. Role and Definition are not
 // in the kernel. Of a set of a type that postern does not use, the entries are there as far as they have an address.
 func (s *Sets) List(prefix string) ([]rule.Set, error) {
@@ -69,10 +81,13 @@ type listing struct {
 	count int
 }
 
-func (s *Sets) dump(prefix string, flags uint32) (found map[string]*listing, err error) {
+func (s *Sets) dump(prefix string, flags uint32, one ...string) (found map[string]*listing, err error) {
 	const tries = 5
 	for range tries {
 		request := s.begin(nl.IPSET_CMD_LIST, unix.NLM_F_DUMP)
+		for _, name := range one {
+			request = nfnetlink.Text(request, nl.IPSET_ATTR_SETNAME, name)
+		}
 		if flags != 0 {
 			request = nfnetlink.Uint32(request, nl.IPSET_ATTR_FLAGS|unix.NLA_F_NET_BYTEORDER, flags)
 		}

@@ -194,12 +194,10 @@ func ReadNames(dir string) (Names, error) {
 
 // APIServer makes kube-apiserver and etcd alone: the benchmarks need nothing else of a cluster.
 func (t Tree) APIServer(ctx context.Context) error {
-	t.Say("building kube-apiserver: some minutes the first time, seconds when Go's cache has it")
-	apiserver := slices.DeleteFunc(slices.Clone(programs), func(p program) bool { return p.name != "kube-apiserver" })
-	if err := t.programs(ctx, apiserver); err != nil {
-		return err
-	}
-	return t.Runtime(ctx)
+	t.Say("building kube-apiserver and etcd: some minutes the first time, seconds when Go's cache has them")
+	return t.programs(ctx, slices.DeleteFunc(slices.Clone(programs), func(p program) bool {
+		return p.name != "kube-apiserver" && p.name != "etcd"
+	}))
 }
 
 // All makes everything.

@@ -34,14 +34,15 @@ func (c *cluster) costs(ctx context.Context, e effort) error {
 		}
 	}
 	if c.env.Rows[11] {
-		cost, err := c.cpuDuring(ctx, e.idle, func(ctx context.Context) error { return wait(ctx, e.idle) })
+		cost, children, err := c.cpuDuring(ctx, e.idle, func(ctx context.Context) error { return wait(ctx, e.idle) })
 		if err != nil {
 			return err
 		}
 		c.line(e, table.Line{Row: 11, What: "idle CPU", Unit: "% of a core", Ours: []float64{cost}, Mark: table.NoMoreThan(0.1),
-			Explain: fmt.Sprintf("CPU time of policyd and the programs it ran, over %v without any change in the cluster.", e.idle)})
+			Explain: fmt.Sprintf("CPU time of policyd, and of the programs it ran (%.2g), over %v without any change in the cluster.",
+				children, e.idle)})
 		c.point(e, "CPU of policyd", "idle", "% of a core", cost)
-		if err := c.explain(ctx, "idle", func(ctx context.Context) error { return wait(ctx, time.Second) }); err != nil {
+		if err := c.explain(ctx, "idle", idleSeconds, func(ctx context.Context) error { return wait(ctx, time.Second) }); err != nil {
 			return err
 		}
 	}
@@ -92,16 +93,16 @@ func (c *cluster) resident(name string) (float64, error) {
 
 // load is row 12.
 func (c *cluster) load(ctx context.Context, e effort) error {
-	cost, err := c.cpuDuring(ctx, e.busy, func(ctx context.Context) error { return c.changes(ctx, e.rate, e.busy) })
+	cost, children, err := c.cpuDuring(ctx, e.busy, func(ctx context.Context) error { return c.changes(ctx, e.rate, e.busy) })
 	if err != nil {
 		return err
 	}
 	what := fmt.Sprintf("%d changes of remote pods a second", e.rate)
 	c.line(e, table.Line{Row: 12, What: what, Unit: "% of a core", Ours: []float64{cost}, Mark: table.NoMoreThan(5),
-		Explain: fmt.Sprintf("CPU time of policyd and the programs it ran, over %v. Each change matters: the label of a remote pod "+
-			"comes or goes by which a policy of this node lets it in.", e.busy)})
+		Explain: fmt.Sprintf("CPU time of policyd, and of the programs it ran (%.2g), over %v. Each change matters: the label of a "+
+			"remote pod comes or goes by which a policy of this node lets it in.", children, e.busy)})
 	c.point(e, "CPU of policyd", what, "% of a core", cost)
-	return c.explain(ctx, "changes", func(ctx context.Context) error { return c.changes(ctx, e.rate, time.Second) })
+	return c.explain(ctx, "changes", busySeconds, func(ctx context.Context) error { return c.changes(ctx, e.rate, time.Second) })
 }
 
 // changes makes changes at a rate for a time: a pod becomes a guest, and no guest again.
@@ -109,12 +110,18 @@ func (c *cluster) changes(ctx context.Context, rate int, d time.Duration) error 
 	const atOnce = 8
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	work := make(chan func() error, rate)
+	type change struct {
+		pod   int
+		value string
+	}
 	var group sync.WaitGroup
+	var workers []chan change // each for pods of its own: their changes stay in order
 	for range atOnce {
+		work := make(chan change, rate)
+		workers = append(workers, work)
 		group.Go(func() {
-			for do := range work {
-				if err := do(); err != nil {
+			for w := range work {
+				if err := c.label(ctx, w.pod, w.value); err != nil {
 					cancel(err)
 				}
 			}
@@ -126,65 +133,65 @@ func (c *cluster) changes(ctx context.Context, rate int, d time.Duration) error 
 	guests := map[int]bool{}
 	for i := 0; i < int(d.Seconds()*float64(rate)) && ctx.Err() == nil; i++ {
 		<-tick.C
-		pod, value := c.plan.Pods-1-r.IntN((c.plan.Pods-c.plan.Local)/2), `"yes"` // not those that row 6 takes
-		if guests[pod] {
-			value = "null"
-		}
+		pod := c.plan.Pods - 1 - r.IntN((c.plan.Pods-c.plan.Local)/2) // not those that row 6 takes
 		guests[pod] = !guests[pod]
 		select {
-		case work <- func() error { return c.label(ctx, pod, value) }:
+		case workers[pod%atOnce] <- change{pod, map[bool]string{true: `"yes"`, false: "null"}[guests[pod]]}:
 		default:
 			cancel(fmt.Errorf("the API server does not take %d changes a second", rate))
 		}
 	}
 	for pod, in := range guests {
 		if in && ctx.Err() == nil {
-			work <- func() error { return c.label(ctx, pod, "null") }
+			workers[pod%atOnce] <- change{pod, "null"}
 		}
 	}
-	close(work)
+	for _, work := range workers {
+		close(work)
+	}
 	group.Wait()
 	return context.Cause(ctx)
 }
 
-// cpuDuring is the CPU time that policyd and its children take while something goes on, as a part of the given time.
-func (c *cluster) cpuDuring(ctx context.Context, d time.Duration, do func(context.Context) error) (percent float64, err error) {
-	before, err := c.cpu()
+// cpuDuring is the CPU time that policyd and its children take while something goes on, and that of the children alone, as parts of
+// the given time.
+func (c *cluster) cpuDuring(ctx context.Context, d time.Duration, do func(context.Context) error) (all, children float64, err error) {
+	before, childrenBefore, err := c.cpu()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if err := do(ctx); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	after, err := c.cpu()
-	return 100 * float64(after-before) / float64(d), err
+	after, childrenAfter, err := c.cpu()
+	children = 100 * float64(childrenAfter-childrenBefore) / float64(d)
+	return 100*float64(after-before)/float64(d) + children, children, err
 }
 
 // cpu is the time that policyd has had, to the nanosecond (clock_getcpuclockid(3)), and the children that it has waited for, in
 // ticks of 10 ms (cutime and cstime of proc(5)).
-func (c *cluster) cpu() (time.Duration, error) {
+func (c *cluster) cpu() (own, children time.Duration, err error) {
 	var t unix.Timespec
 	if err := unix.ClockGettime(int32(^c.policyd.Pid<<3|2), &t); err != nil {
-		return 0, fmt.Errorf("ask for policyd's CPU time: %w", err)
+		return 0, 0, fmt.Errorf("ask for policyd's CPU time: %w", err)
 	}
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.policyd.Pid))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	if len(fields) < 15 {
-		return 0, errors.New("policyd's /proc/PID/stat is short")
+		return 0, 0, errors.New("policyd's /proc/PID/stat is short")
 	}
 	const tick = 10 * time.Millisecond
-	sum := time.Duration(t.Nano())
 	for _, field := range fields[13:15] {
 		n, err := strconv.Atoi(field)
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
-		sum += time.Duration(n) * tick
+		children += time.Duration(n) * tick
 	}
-	return sum, nil
+	return time.Duration(t.Nano()), children, nil
 }
 
 // quiet waits until policyd has nothing to do: less than a fiftieth of a core for a while.
@@ -192,13 +199,13 @@ func (c *cluster) quiet(ctx context.Context) error {
 	const look = 20 * time.Millisecond
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
-	last, err := c.cpu()
+	last, _, err := c.cpu()
 	for calm := 0; err == nil && calm < 2; {
 		if err := wait(ctx, look); err != nil {
 			return fmt.Errorf("wait until policyd has nothing to do: %w", err)
 		}
 		var now time.Duration
-		now, err = c.cpu()
+		now, _, err = c.cpu()
 		if calm++; now-last > look/50 {
 			calm = 0
 		}

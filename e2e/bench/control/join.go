@@ -72,7 +72,7 @@ func (c *cluster) joins(ctx context.Context, e effort) error {
 		_, err := c.join(ctx, sets{questions}, set)
 		return errors.Join(err, wait(ctx, joinPause))
 	}
-	if err := c.explain(ctx, "join", again); err != nil || !c.short(6) {
+	if err := c.explain(ctx, "join", busySeconds, again); err != nil || !c.short(6) {
 		return err
 	}
 	return c.during(ctx, fmt.Sprintf("join-%d.trace", c.plan.Pods), "/debug/pprof/trace?seconds=1", again) // who waits for whom

@@ -91,7 +91,7 @@ func (c *cluster) policies(ctx context.Context, e effort) error {
 	const plot = "A new policy that selects 10 local pods"
 	c.point(e, plot, "policyd, "+c.backend, "ms", table.Quantile(ours, 0.5))
 	c.point(e, plot, "iptables-restore, "+c.backend, "ms", table.Quantile(theirs, 0.5))
-	return c.explain(ctx, "policy-"+c.backend, func(ctx context.Context) error {
+	return c.explain(ctx, "policy-"+c.backend, busySeconds, func(ctx context.Context) error {
 		_, _, err := c.policyComes(ctx, kernel)
 		return errors.Join(err, c.policyGoes(ctx, kernel))
 	})

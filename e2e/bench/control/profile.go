@@ -11,13 +11,19 @@ import (
 // profiles is the folder, in that of the benchmark, with what pprof says of rows that fall short.
 const profiles = "profiles"
 
-// profile is the page with what policyd's CPU does from now on.
-func (c *cluster) profile() string {
+// profile is the page with what policyd's CPU does from now on, for a time.
+func (c *cluster) profile(seconds int) string {
 	if c.env.Quick {
-		return "/debug/pprof/profile?seconds=2"
+		seconds = 2
 	}
-	return "/debug/pprof/profile?seconds=5"
+	return fmt.Sprintf("/debug/pprof/profile?seconds=%d", seconds)
 }
+
+// Seconds of a profile: beyond policyd's repair interval, where it does little else.
+const (
+	busySeconds = 5
+	idleSeconds = 12
+)
 
 // save keeps a page of policyd's pprof.
 func (c *cluster) save(ctx context.Context, name, page string) error {
@@ -34,12 +40,12 @@ func (c *cluster) save(ctx context.Context, name, page string) error {
 }
 
 // explain looks at policyd's CPU while something is done again and again, if the last line that was added falls short.
-func (c *cluster) explain(ctx context.Context, name string, again func(context.Context) error) error {
+func (c *cluster) explain(ctx context.Context, name string, seconds int, again func(context.Context) error) error {
 	lines := c.report.Lines
 	if len(lines) == 0 || !c.short(lines[len(lines)-1].Row) {
 		return nil
 	}
-	return c.during(ctx, fmt.Sprintf("%s-%d.cpu", name, c.plan.Pods), c.profile(), again)
+	return c.during(ctx, fmt.Sprintf("%s-%d.cpu", name, c.plan.Pods), c.profile(seconds), again)
 }
 
 // during saves a page of policyd's pprof while something is done again and again.
@@ -70,7 +76,7 @@ func (c *cluster) profileStart(ctx context.Context) error {
 		}
 	}
 	if err == nil {
-		err = c.save(ctx, fmt.Sprintf("start-%s-%d.cpu", c.backend, c.plan.Pods), c.profile())
+		err = c.save(ctx, fmt.Sprintf("start-%s-%d.cpu", c.backend, c.plan.Pods), c.profile(busySeconds))
 	}
 	if err == nil {
 		err = c.ready(ctx)

@@ -110,7 +110,7 @@ func (p pod) add() error {
 	}
 	v4, v6 := "ipv4/conf/"+p.hostName+"/", "ipv6/conf/"+p.hostName+"/"
 	if err := sysctls(v4+"rp_filter=1", v4+"accept_redirects=0", v4+"send_redirects=0",
-		v6+"accept_ra=0", v6+"accept_redirects=0", v6+"accept_dad=0", v6+"addr_gen_mode=1"); err != nil {
+		v6+"disable_ipv6=1"); err != nil {
 		return err
 	}
 	if err := kernel.LinkSetUp(host); err != nil {
@@ -142,9 +142,6 @@ func (p pod) add() error {
 func (p pod) inside() error {
 	kernel, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
-		return err
-	}
-	if err := sysctls("ipv6/conf/"+p.ifName+"/accept_ra=0", "ipv6/conf/"+p.ifName+"/accept_dad=0"); err != nil {
 		return err
 	}
 	link, err := kernel.LinkByName(p.ifName)

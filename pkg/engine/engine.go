@@ -191,7 +191,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 	defer glance.Stop()
 	defer compare.Stop()
 	var again, sweep, retry <-chan time.Time
-	var found damage
+	found := damage{ports: true} // hostPort rules may be gone since policyd ended
 	looks, portLooks := pacer{pause: lookPause}, pacer{pause: portPause, delay: portDelay}
 	e.pulse()
 	for {

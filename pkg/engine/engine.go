@@ -114,7 +114,7 @@ type Engine struct {
 	pods    map[string]PodStatus // by interface
 	// namespaces are the network namespaces of all records, by path.
 	namespaces []string
-	beat    time.Time
+	beat       time.Time
 }
 
 // pair is an address on a link.

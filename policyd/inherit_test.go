@@ -10,8 +10,8 @@ import (
 	"github.com/postern-cni/postern/pkg/nettest/testnode"
 )
 
-// A new owner of an address inherits no flow, for there is none: from and to the addresses of the node's range that no pod has, no
-// flow begins. Others, outside of the range, show that it would be seen.
+// A new owner of an address inherits no flow, for there is none: from and to the addresses of the node's range that no pod has,
+// no flow begins. Others, outside of the range, show that it would be seen.
 func TestNoFlowBeginsFromOrToAnAddressThatNoPodHas(t *testing.T) {
 	free := []netip.Addr{netip.MustParseAddr("10.244.1.200"), netip.MustParseAddr("fd00:10:244:1::200")}
 	other := []netip.Addr{netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("fd00:99::1")}

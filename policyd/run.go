@@ -185,8 +185,8 @@ func restConfig(kubeconfig string) (*rest.Config, error) {
 	return config, nil
 }
 
-// serve runs the engine, the node's part, what writes events if there is one, the socket and the port until the context ends or one
-// of them fails.
+// serve runs the engine, the node's part, what writes events if there is one, the socket and the port until the context ends or
+// one of them fails.
 func serve(
 	ctx context.Context, o *options, e *engine.Engine, node nodePart, recorder *events.Recorder, m *metrics.Metrics, log *slog.Logger,
 ) error {

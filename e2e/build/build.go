@@ -1,6 +1,7 @@
 // Package build makes what a cluster of package cluster is made of, in one folder, and makes it again only where something has
-// changed: Kubernetes' programs, the upstream suites, and helpers from Go modules, whose versions e2e/kubernetes, e2e/coredns and e2e/etcd
-// pin; a container runtime and etcd from Debian packages, unpacked and not installed; and images, for there is no registry.
+// changed: Kubernetes' programs, the upstream suites, and helpers from Go modules, whose versions e2e/kubernetes, e2e/coredns and
+// e2e/etcd pin; a container runtime and etcd from Debian packages, unpacked and not installed; and images, for there is no
+// registry.
 package build
 
 import (

@@ -1,6 +1,6 @@
-// Package addrmap is a map from addresses of hosts that takes a few bytes an entry. In a cluster of a hundred thousand pods the lists of
-// peers have a million entries, nearly all of IPv4; the Go type of an address takes 24 bytes and is something for the garbage
-// collector to follow.
+// Package addrmap is a map from addresses of hosts that takes a few bytes an entry. In a cluster of a hundred thousand pods the
+// lists of peers have a million entries, nearly all of IPv4; the Go type of an address takes 24 bytes and is something for the
+// garbage collector to follow.
 package addrmap
 
 import (
@@ -9,8 +9,8 @@ import (
 	"net/netip"
 )
 
-// Map holds a value for each of some addresses. The zero value is an empty map that is ready to use. Addresses of IPv4 must not be
-// mapped into IPv6 ([netip.Addr.Unmap]), and those of IPv6 have no zone.
+// Map holds a value for each of some addresses. The zero value is an empty map that is ready to use. Addresses of IPv4 must not
+// be mapped into IPv6 ([netip.Addr.Unmap]), and those of IPv6 have no zone.
 type Map[V any] struct {
 	v4 map[uint32]V
 	v6 map[[16]byte]V

@@ -96,12 +96,12 @@ func (add *adding) steps() []step {
 		{"reserve addresses", add.reserve, add.release},
 		{"host ports: lock", add.lockPorts, nil},
 		{"record", add.record, func(context.Context) error { return add.store.Delete(add.cfg.Key()) }},
-		{"ask policyd", add.ask, nil},
+		{"ask policyd", add.ask, func(context.Context) error { return unready(add.a.HostInterface, add.a.Addresses) }},
 		{"link", add.link, func(context.Context) error {
 			return podlink.Delete(add.cfg.HostInterface(), add.cfg.Key())
 		}},
 		{"host ports", add.mapPorts, add.unmapPorts},
-		{"guard", add.guard, func(context.Context) error { return unready(add.a.HostInterface, add.a.Addresses) }},
+		{"guard", add.guard, nil},
 	}
 }
 

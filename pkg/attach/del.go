@@ -93,8 +93,8 @@ func detach(ctx context.Context, cfg *cniconf.Config, store *attachment.Store, a
 	return delegateDel(ctx, cfg)
 }
 
-// sweptByPolicyd reports whether policyd ends the flows of the addresses: it does that for all of the ranges that it knows of, now, or
-// when it comes back, and always before an address is ready again.
+// sweptByPolicyd reports whether policyd ends the flows of the addresses: it does that for all of the ranges that it knows of,
+// now, or when it comes back, and always before an address is ready again.
 func sweptByPolicyd(a *attachment.Attachment) bool {
 	known := func(addr netip.Addr) bool {
 		return slices.ContainsFunc(a.Ranges, func(p netip.Prefix) bool { return p.Contains(addr) })

@@ -236,9 +236,9 @@ func (c *cacheOf[T]) take() map[string]T {
 	return changed
 }
 
-// arrival is a stripped object on its way from a streamed list to [cacheOf.Replace]. client-go gathers such a list before it hands it
-// over: of whole pods, that is some hundred times what is kept of them. For it to tell objects apart, an arrival is a metav1.Object
-// as far as it asks.
+// arrival is a stripped object on its way from a streamed list to [cacheOf.Replace]. client-go gathers such a list before it
+// hands it over: of whole pods, that is some hundred times what is kept of them. For it to tell objects apart, an arrival is a
+// metav1.Object as far as it asks.
 type arrival[T any] struct {
 	metav1.Object            // nil
 	namespace, name, version string

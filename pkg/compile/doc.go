@@ -19,8 +19,8 @@
 // the other direction is judged. Ready comes before established: no packet of a former owner's flow passes to an address's new
 // owner between its link and its guard, and a flushed ready set closes everything.
 //
-// The drop of new flows of this node's range keeps the addresses that nobody has free of flows, so that a new owner inherits none,
-// and nobody needs to look for them while a pod is waiting (reading the flow table takes milliseconds).
+// The drop of new flows of this node's range keeps the addresses that nobody has free of flows, so that a new owner inherits
+// none, and nobody needs to look for them while a pod is waiting (reading the flow table takes milliseconds).
 //
 // A family that no pod of the node has or can get an address of ([policy.Index.Serves]) has the shared chains alone, which drop
 // everything, for nobody is ready.

@@ -12,8 +12,8 @@ import (
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
-// Sets are named after what they mean, so that all rules with the same peers share one, and a set is the same one after a restart:
-// "pst-p4-" and a hash for pods, "pst-n4-" for blocks, "pst-t4-" for pods with a named port.
+// Sets are named after what they mean, so that all rules with the same peers share one, and a set is the same one after a
+// restart: "pst-p4-" and a hash for pods, "pst-n4-" for blocks, "pst-t4-" for pods with a named port.
 
 func setName(kind string, f rule.Family, key string) string {
 	sum := sha256.Sum256([]byte(key))

@@ -179,8 +179,8 @@ func reenter(p *rule.Patch, x *policy.Index, i policy.Replaced) {
 	})
 }
 
-// rechain writes the chains of the interfaces that have another guard, or all if the family is served now and was not, and grows the
-// tree anew if others are isolated now. A family that is not served has none of them.
+// rechain writes the chains of the interfaces that have another guard, or all if the family is served now and was not, and grows
+// the tree anew if others are isolated now. A family that is not served has none of them.
 func rechain(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direction, before, now bool) {
 	isolated := func(g *policy.Guarded) bool { return g != nil && g.Side(d == rule.Egress).Isolated }
 	write := func(g *policy.Guarded) {

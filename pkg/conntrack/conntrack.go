@@ -38,18 +38,21 @@ func (f *Families) Add(a netip.Addr) {
 
 // DeleteTouching is [DeleteAddresses] for the addresses that which names.
 func DeleteTouching(families Families, which func(netip.Addr) bool) error {
+	if families == (Families{}) {
+		return nil
+	}
+	t, err := open()
+	if err != nil {
+		return err
+	}
+	defer t.Close()
 	for fam, asked := range map[uint8]bool{unix.AF_INET: families.IPv4, unix.AF_INET6: families.IPv6} {
-		if !asked {
-			continue
+		if asked {
+			err = errors.Join(err, t.deleteEach(fam, func(f Flow) bool { return f.touches(which) }))
 		}
-		t, err := open()
-		if err == nil {
-			err = t.deleteEach(fam, func(f Flow) bool { return f.touches(which) })
-			t.Close()
-		}
-		if err != nil {
-			return fmt.Errorf("delete flows: %w", err)
-		}
+	}
+	if err != nil {
+		return fmt.Errorf("delete flows: %w", err)
 	}
 	return nil
 }

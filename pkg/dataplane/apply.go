@@ -210,8 +210,8 @@ const standing = "instead-"
 // swapped nor, as long as rules look into it, removed. So other sets stand in for the wanted ones: everything goes its way with
 // their names in the rules, and in the end standDown removes the old sets, makes the wanted ones, and writes the rules once more.
 //
-// What stands in for peers has all of them, as a new set has. What stands in for a ready or an open set begins with those that the
-// old set had, and the others join when it is time.
+// What stands in for peers has all of them, as a new set has. What stands in for a ready or an open set begins with those that
+// the old set had, and the others join when it is time.
 func (w *work) standIn() error {
 	for _, name := range sortedKeys(w.f.todo.sets) {
 		s, held := w.f.sets[name], w.f.held[name]

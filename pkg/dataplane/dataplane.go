@@ -27,8 +27,8 @@ type Scope struct {
 	SetPrefix string
 }
 
-// Plane is one scope of the kernel's state in the network namespace in which it was opened: what is wanted there, and what of that
-// the kernel may not hold yet. It is not safe for concurrent use.
+// Plane is one scope of the kernel's state in the network namespace in which it was opened: what is wanted there, and what of
+// that the kernel may not hold yet. It is not safe for concurrent use.
 type Plane struct {
 	// Fail, in tests, is asked before each step, by its name, and makes it fail.
 	Fail func(step string) error
@@ -97,11 +97,12 @@ type Result struct {
 // Wrote reports whether anything was written.
 func (r Result) Wrote() bool { return r.Restores+r.SetMessages > 0 }
 
-// Apply brings the kernel to what is wanted. judge, which may be nil, is called between the rules and the ready sets, once, after the
-// rules of every family that could be written, with what was done so far; if it fails, no pod becomes ready.
+// Apply brings the kernel to what is wanted. judge, which may be nil, is called between the rules and the ready sets, once, after
+// the rules of every family that could be written, with what was done so far; if it fails, no pod becomes ready.
 //
-// A family that fails is closed or as it was where it failed, is read again before the next write, and holds nobody up in the other
-// one; [Plane.Holds] tells what came about. The error joins what went wrong in each; the same call again goes on from there.
+// A family that fails is closed or as it was where it failed, is read again before the next write, and holds nobody up in the
+// other one; [Plane.Holds] tells what came about. The error joins what went wrong in each; the same call again goes on from
+// there.
 func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (result Result, err error) {
 	if err := p.open(); err != nil {
 		return result, err
@@ -244,8 +245,8 @@ func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part) (found 
 }
 
 // Glance compares the numbers of entries of the sets with those that are wanted, and returns the parts in which they differ. An
-// entry in the place of another does not show. Without peers, only the few sets are looked at that say who is here: it costs the same
-// however large the cluster is.
+// entry in the place of another does not show. Without peers, only the few sets are looked at that say who is here: it costs the
+// same however large the cluster is.
 func (p *Plane) Glance(peers bool) (differ []Part, err error) {
 	if err := p.open(); err != nil {
 		return nil, err

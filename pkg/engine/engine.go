@@ -43,8 +43,8 @@ type Config struct {
 	// Unplaced says that pods without a node may come to this one: manifests often name none.
 	Unplaced bool
 	Backend  iptables.Backend
-	// RepairInterval is how often the kernel is compared with what was written: links, hostPorts, the numbers of the sets' entries, and
-	// rules where the kernel does not announce who changes them. Every tenth time, and with an interval of less than a minute
+	// RepairInterval is how often the kernel is compared with what was written: links, hostPorts, the numbers of the sets' entries,
+	// and rules where the kernel does not announce who changes them. Every tenth time, and with an interval of less than a minute
 	// always, it is all rules and all entries.
 	RepairInterval time.Duration
 	Metrics        *metrics.Metrics
@@ -128,7 +128,8 @@ func New(c Config) (*Engine, error) {
 	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true,
 		untouched: map[rule.Family]bool{rule.IPv4: true, rule.IPv6: true},
 		index:     policy.NewIndex(), placed: map[string]placed{}, records: map[attachment.Key]*attachment.Attachment{},
-		guarded: map[pair]attachment.Key{}, clean: map[netip.Prefix]bool{}, stale: map[netip.Addr]bool{}, reported: map[string]bool{}, pods: map[string]PodStatus{}}
+		guarded: map[pair]attachment.Key{}, clean: map[netip.Prefix]bool{}, stale: map[netip.Addr]bool{},
+		reported: map[string]bool{}, pods: map[string]PodStatus{}}
 	// A predecessor may have ended before it has judged the flows that its last change took something away from.
 	e.suspects = suspects{due: true, all: true}
 	var err, err2 error
@@ -217,7 +218,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		case <-glance.C:
 			e.glance(&found, false)
 		case <-compare.C:
-			found = e.comparison()
+			e.compare(&found)
 		case <-looks.due:
 			looks.done()
 			e.repair(ctx, found)

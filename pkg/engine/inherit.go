@@ -9,26 +9,28 @@ import (
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
-// A pod inherits nothing from the former owner of its address, so before an address becomes ready its flows are ended. To find them
-// takes a reading of the whole table, milliseconds even of an empty one, which nobody should wait for in an ADD. But from or to an
-// address of this node's ranges that nobody has, no flow can begin: the rules drop its first packet. So once the flows of a range
-// have been ended (clean), there are only those of addresses whose pods have gone since (stale), and these are ended soon after
-// (sweep). When the rules were not in force for a while, all ranges are looked at again.
+// A pod inherits nothing from the former owner of its address, so before an address becomes ready its flows are ended. To find
+// them takes a reading of the whole table, milliseconds even of an empty one, which nobody should wait for in an ADD. But from or
+// to an address of this node's ranges that nobody has, no flow can begin: the rules drop its first packet. So once the flows of a
+// range have been ended (clean), there are only those of addresses whose pods have gone since (stale), and these are ended soon
+// after (sweep), as those of all pods that go. When the rules were not in force for a while, all ranges are looked at again.
 
-// parted notes the addresses that are not ready any more. Their flows need no judge: nothing of them passes from now on.
+// parted notes the addresses that are not ready any more, and forgets ranges that are not the node's any more. Flows of addresses
+// that nobody else can have need no judge: nothing of them passes from now on.
 func (e *Engine) parted() {
 	var keeps map[netip.Addr]bool
 	for p, key := range e.guarded {
-		if e.ready[p] == key || !e.inClean(p.address) {
+		if e.ready[p] == key {
 			continue
 		}
 		if keeps == nil {
 			keeps = e.keeps()
 		}
 		if !keeps[p.address] {
-			e.stale[p.address], e.plane.Idle[p.address] = true, true
+			e.stale[p.address], e.plane.Idle[p.address] = true, e.inClean(p.address)
 		}
 	}
+	maps.DeleteFunc(e.clean, func(p netip.Prefix, _ bool) bool { return !slices.Contains(e.index.Ranges(), p) })
 }
 
 // keeps are the addresses that were ready and stay so.

@@ -78,9 +78,6 @@ func (e *Engine) learn(changes object.Changes) policy.Delta {
 		e.mu.Unlock()
 	}
 	delta := e.index.Update(update)
-	for _, p := range delta.OldRanges {
-		delete(e.clean, p)
-	}
 	for _, f := range rule.Families {
 		if e.wanted {
 			e.plane.Change(compile.Patch(e.index, delta, f))

@@ -43,8 +43,8 @@ func (e *Engine) setRecord(key attachment.Key, a *attachment.Attachment) {
 	}
 }
 
-// readRecords reads all records afresh. A record that cannot be read is what it last was; so are all if the folder cannot be read,
-// which is then tried again.
+// readRecords reads all records afresh. A record that cannot be read is what it last was; so are all if the folder cannot be
+// read, which is then tried again.
 func (e *Engine) readRecords() []error {
 	list, errs := e.store.List()
 	now := make(map[attachment.Key]*attachment.Attachment, len(list))
@@ -65,8 +65,8 @@ func (e *Engine) readRecords() []error {
 	return errs
 }
 
-// ranges lists the prefixes whose addresses only this node's pods have: those of each network's newest record, for a configuration
-// may have changed. One that has an address of a pod that is not ours to guard is left out.
+// ranges lists the prefixes whose addresses only this node's pods have: those of each network's newest record, for a
+// configuration may have changed. One that has an address of a pod that is not ours to guard is left out.
 func (e *Engine) ranges() (list []netip.Prefix) {
 	newest := map[string]*attachment.Attachment{}
 	var others []netip.Addr

@@ -74,14 +74,14 @@ func (w watchers) linkChanges() <-chan []string {
 // thorough is how many comparisons there are to one that is made of everything.
 const thorough = 10
 
-// comparison is what is looked at without a reason.
-func (e *Engine) comparison() damage {
+// compare adds what is looked at without a reason.
+func (e *Engine) compare(d *damage) {
 	e.compared++
 	announced := e.Backend == iptables.NFT && !e.unwatched.Load()
-	if announced && e.RepairInterval >= time.Minute && e.compared%thorough != 0 {
-		return damage{allLinks: true, ports: true}
+	if !announced || e.RepairInterval < time.Minute || e.compared%thorough == 0 {
+		d.everything = true
 	}
-	return damage{everything: true, allLinks: true, ports: true}
+	d.allLinks, d.ports = true, true
 }
 
 // tables notes the tables in which others were at work.
@@ -104,7 +104,8 @@ func (d *damage) linksOf(names []string) {
 	}
 }
 
-// glance has sets read, those that say who is here or all, whose numbers of entries are not right: nobody announces what is done to them.
+// glance has sets read, those that say who is here or all, whose numbers of entries are not right: nobody announces what is done
+// to them.
 func (e *Engine) glance(d *damage, peers bool) {
 	if !e.started() {
 		return

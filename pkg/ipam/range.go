@@ -55,8 +55,8 @@ func (r Range) Check() error {
 	return nil
 }
 
-// Prefixes are what the range gives out, as few prefixes as can be. The subnet's own addresses (network, broadcast, and a gateway that
-// nobody named) are counted as given out where they are no more than holes of it: nobody else has them either.
+// Prefixes are what the range gives out, as few prefixes as can be. The subnet's own addresses (network, broadcast, and a gateway
+// that nobody named) are counted as given out where they are no more than holes of it: nobody else has them either.
 func (r Range) Prefixes() []netip.Prefix {
 	r.Subnet = r.Subnet.Masked()
 	if !r.Start.IsValid() && !r.End.IsValid() && !r.Gateway.IsValid() && len(r.Exclude) == 0 {

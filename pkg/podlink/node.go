@@ -41,8 +41,8 @@ func OpenNode() (*Node, error) {
 // Close closes it.
 func (n *Node) Close() { n.h.Close() }
 
-// Addresses finds the node's own address in each family that pods have: the source of its default route, else the first address of
-// global scope on a link that is no pod's. A family in which there is none is left out.
+// Addresses finds the node's own address in each family that pods have: the source of its default route, else the first address
+// of global scope on a link that is no pod's. A family in which there is none is left out.
 func (n *Node) Addresses(pods []netip.Addr) ([]netip.Addr, error) {
 	var found []netip.Addr
 	for _, v4 := range []bool{true, false} {

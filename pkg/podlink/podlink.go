@@ -136,9 +136,9 @@ func create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
 // carrierLimit is how long the node's end may take to have a carrier; then it works, or it will when it has.
 const carrierLimit = time.Second
 
-// awaitCarrier waits until the node's end sends what it is given. It was set up before the pod's end, so without a carrier, and the
-// kernel gives it a queue that swallows everything until a work item has noticed the carrier (dev_activate, net/sched/sch_generic.c).
-// To ask for the link makes newer kernels do that at once (linkwatch_sync_dev, net/core/link_watch.c).
+// awaitCarrier waits until the node's end sends what it is given. It was set up before the pod's end, so without a carrier, and
+// the kernel gives it a queue that swallows everything until a work item has noticed the carrier (dev_activate,
+// net/sched/sch_generic.c). To ask for the link makes newer kernels do that at once (linkwatch_sync_dev, net/core/link_watch.c).
 func (e *ends) awaitCarrier(ctx context.Context, name string) error {
 	deadline := time.Now().Add(carrierLimit)
 	for {

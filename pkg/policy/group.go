@@ -96,8 +96,8 @@ func (s selector) admits(name string, ns *namespace) bool {
 	return ns.known && s.namespaces.Matches(ns.labels)
 }
 
-// matches reports whether a pod's labels are selected. To ask for one label first is several times faster than the selector, which
-// most pods of a large cluster do not match.
+// matches reports whether a pod's labels are selected. To ask for one label first is several times faster than the selector,
+// which most pods of a large cluster do not match.
 func (s selector) matches(p *pod) bool {
 	return (s.key == "" || p.Labels[s.key] == s.value) && s.pods.Matches(labels.Set(p.Labels))
 }

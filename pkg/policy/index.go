@@ -15,8 +15,8 @@ import (
 )
 
 // Index keeps the meaning of policies up to date at a cost in proportion to what changes: a pod elsewhere touches the groups that
-// its labels can lead to, a policy the local pods of its namespace. What it holds after any row of updates is what one update with
-// the same objects makes. It is not safe for concurrent use.
+// its labels can lead to, a policy the local pods of its namespace. What it holds after any row of updates is what one update
+// with the same objects makes. It is not safe for concurrent use.
 type Index struct {
 	pods       map[string]*pod
 	namespaces map[string]*namespace
@@ -133,8 +133,8 @@ func (x *Index) Interfaces(egress bool) []string {
 // Ranges lists the prefixes whose addresses only this node's pods have, sorted.
 func (x *Index) Ranges() []netip.Prefix { return x.ranges }
 
-// Serves reports whether an interface of this node has an address of a family, or can be given one: what the pods of a node without
-// IPv6 may do over IPv6 need not be worked out, for none of them is ready there.
+// Serves reports whether an interface of this node has an address of a family, or can be given one: what the pods of a node
+// without IPv6 may do over IPv6 need not be worked out, for none of them is ready there.
 func (x *Index) Serves(v4 bool) bool { return serves(maps.Values(x.local), x.ranges, v4) }
 
 func serves(pods iter.Seq[*Guarded], ranges []netip.Prefix, v4 bool) bool {

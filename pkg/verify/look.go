@@ -26,10 +26,12 @@ func (t *tables) sides(p flight, f rule.Family) sides {
 	if pod(p.in) {
 		s.from = in(rule.ReadySet(f), "src,src") && t.walk(compile.ChainFrom, p) != dropped
 	} else {
-		s.from = !in(rule.LocalSet(f), "src")
+		s.from = !in(rule.LocalSet(f), "src") && !in(rule.RangeSet(f), "src")
 	}
 	if pod(p.out) {
 		s.to = in(rule.ReadySet(f), "dst,dst") && t.walk(compile.ChainTo, p) != dropped
+	} else {
+		s.to = !in(rule.RangeSet(f), "dst")
 	}
 	return s
 }

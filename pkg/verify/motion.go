@@ -102,7 +102,23 @@ func hostInterface(identity, ifName string) string {
 	return attachment.HostInterface(attachment.GuardedPrefix, identity, ifName)
 }
 
-func (m moment) input() policy.Input { return policy.Input{Cluster: m.cluster(), Local: m.locals()} }
+// ranges are those of the newest record: all are of one network.
+func (m moment) ranges() []netip.Prefix {
+	var newest *attachment.Attachment
+	for _, a := range m.records {
+		if newest == nil || newest.Created.Before(a.Created) {
+			newest = a
+		}
+	}
+	if newest == nil {
+		return nil
+	}
+	return newest.Ranges
+}
+
+func (m moment) input() policy.Input {
+	return policy.Input{Cluster: m.cluster(), Local: m.locals(), Ranges: m.ranges()}
+}
 
 // world is the moment as a picture that stands still, for its manifests.
 func (m moment) world() *World {
@@ -349,6 +365,10 @@ func (m *mover) attach(s *step, pod attachment.Pod) {
 		Policy: attachment.PolicyEnforce, Addresses: m.pair(),
 		Created: time.Unix(int64(m.count), 0).UTC()}
 	a.HostInterface = hostInterface(a.Identity(), a.IfName)
+	for _, address := range addressPair(0)[:m.count%3] { // of no family, of one, of both: half of the addresses that pods have
+		half, _ := address.Prefix(address.BitLen() - 3)
+		a.Ranges = append(a.Ranges, half)
+	}
 	s.records[a.Key()] = a
 }
 

@@ -142,8 +142,9 @@ func patched(steps []step, broken *spoiler) (int, string) {
 		was := now
 		now = now.after(s)
 		c := policy.Changes{Changes: s.Changes}
-		if here := now.locals(); d.chance(3) || !slices.EqualFunc(was.locals(), here, sameLocal) {
-			c.Locals, c.NewLocals = here, true
+		here, ranges := now.locals(), now.ranges()
+		if d.chance(3) || !slices.EqualFunc(was.locals(), here, sameLocal) || !slices.Equal(was.ranges(), ranges) {
+			c.Locals, c.Ranges, c.NewLocals = here, ranges, true
 		}
 		if broken != nil && broken.changes != nil {
 			broken.changes(d, &c)

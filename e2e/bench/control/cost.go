@@ -153,8 +153,8 @@ func (c *cluster) changes(ctx context.Context, rate int, d time.Duration) error 
 	return context.Cause(ctx)
 }
 
-// cpuDuring is the CPU time that policyd and its children take while something goes on, and that of the children alone, as parts of
-// the given time.
+// cpuDuring is the CPU time that policyd and its children take while something goes on, and that of the children alone, as parts
+// of the given time.
 func (c *cluster) cpuDuring(ctx context.Context, d time.Duration, do func(context.Context) error) (all, children float64, err error) {
 	before, childrenBefore, err := c.cpu()
 	if err != nil {

@@ -18,8 +18,8 @@ import (
 	"github.com/postern-cni/postern/pkg/rule"
 )
 
-// joinPause is between two changes. It is a time, and not a wait until policyd has nothing to do: a change that comes while policyd
-// compares the kernel with what it should hold counts as well.
+// joinPause is between two changes. It is a time, and not a wait until policyd has nothing to do: a change that comes while
+// policyd compares the kernel with what it should hold counts as well.
 const joinPause = 40 * time.Millisecond
 
 // joins is row 6: remote pods get, one after the other, the label by which a policy lets them in.

@@ -101,8 +101,8 @@ func openTables(backend string) (*tables, error) {
 	return t, nil
 }
 
-// version changes with each commit: nft's generation, which the kernel counts; of legacy, the number of entries in table mangle and
-// their size, in either family.
+// version changes with each commit: nft's generation, which the kernel counts; of legacy, the number of entries in table mangle
+// and their size, in either family.
 func (t *tables) version() (v [2]uint64, err error) {
 	if t.backend == "nft" {
 		const genID = 1 // NFTA_GEN_ID

@@ -1,6 +1,7 @@
 // Command floor is the bare kernel work of a pod's ADD, as a CNI plugin: it ends with the same link, addresses, routes,
-// neighbours and settings as postern's pod of one IPv4 address has, and with its address in one set. No address is looked for, nothing is
-// recorded or checked, nothing is taken back after a failure, and nobody guards the pod. It is there to be measured, not used.
+// neighbours and settings as postern's pod of one IPv4 address has, and with its address in one set. No address is looked for,
+// nothing is recorded or checked, nothing is taken back after a failure, and nobody guards the pod. It is there to be measured,
+// not used.
 //
 // CNI_ARGS says what postern has to find out: ADDRESS is the pod's, NODE_ADDRESS the node's, SET an ipset of the type
 // hash:net,iface. DEL takes away what ADD made.

@@ -31,7 +31,8 @@ func Prober() (ended bool, err error) {
 }
 
 // prober tries to connect from one pod to another. It is a process of its own, for it must be on time, and a thread of a larger
-// Go program is not: every 10 ms the runtime may give another goroutine its turn, and then it waits for one of the others' threads.
+// Go program is not: every 10 ms the runtime may give another goroutine its turn, and then it waits for one of the others'
+// threads.
 type prober struct {
 	from, to netip.Addr
 	cmd      *exec.Cmd

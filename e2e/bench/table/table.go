@@ -81,7 +81,8 @@ type Bench struct {
 	Run  func(ctx context.Context, env Env) (Report, error)
 }
 
-// Value is what the mark is held against: the ratio of ours to theirs, or ours where nothing is beside it or the mark is absolute.
+// Value is what the mark is held against: the ratio of ours to theirs, or ours where nothing is beside it or the mark is
+// absolute.
 func (l Line) Value() float64 { return l.value(l.Ours, l.Theirs) }
 
 func (l Line) value(ours, theirs []float64) float64 {

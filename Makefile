@@ -6,9 +6,8 @@ REVISION    ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 GOBUILD     := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 TESTTIMEOUT ?= 15m
-# Of `make verify`: where chance begins, and whose kernel side is asked. Sizes that are not given are the program's.
+# Of `make verify`: where chance begins. Sizes that are not given are the program's.
 SEED        ?= 1
-BACKEND     ?= both
 FUZZTIME    ?= 1m
 # The image's name: the manifests say it, once.
 IMAGE       ?= $(shell awk '/^ *- name:/ { name = $$3 } /^ *newTag:/ { print name ":" $$2 }' manifests/base/kustomization.yaml)
@@ -76,12 +75,12 @@ demo: tools ## root: a node made of namespaces, eight pods, every kind of policy
 
 verify: tools ## policies' words, rules and kernel agree: PACKETS; a backend KERNEL_PACKETS, WALKS; SEED, BACKEND=nft|legacy|both
 	@go build -o bin/verify ./pkg/verify/cmd
-	@bin/verify -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
+	@bin/verify -seed $(SEED) $(if $(BACKEND),-backend $(BACKEND)) $(if $(PACKETS),-packets $(PACKETS)) \
 		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS)) $(if $(BREAK),-break "$(BREAK)")
 
 verify-mutants: tools ## break one line of the semantics at a time, and see that `make verify` would find it
 	@go build -o bin/verify ./pkg/verify/cmd
-	@bin/verify -mutants -seed $(SEED) -backend $(BACKEND) $(if $(PACKETS),-packets $(PACKETS)) \
+	@bin/verify -mutants -seed $(SEED) $(if $(BACKEND),-backend $(BACKEND)) $(if $(PACKETS),-packets $(PACKETS)) \
 		$(if $(KERNEL_PACKETS),-kernel-packets $(KERNEL_PACKETS)) $(if $(WALKS),-walks $(WALKS))
 
 manifests: ## render what manifests/overlays say to the files that `kubectl apply` takes
@@ -117,7 +116,7 @@ bench-root:
 
 # What a run can choose, as variables of make: make bench ROWS="1 2 13" BACKEND=nft QUICK=1. Rows 6 to 12 and 16 need an API
 # server.
-BENCH     = -rows "$(ROWS)" -backend $(BACKEND) $(if $(QUICK),-quick) $(if $(RECORD),-record e2e/docs)
+BENCH     = -rows "$(ROWS)" $(if $(BACKEND),-backend $(BACKEND)) $(if $(QUICK),-quick) $(if $(RECORD),-record e2e/docs)
 APISERVER = $(if $(ROWS),$(filter 6 7 8 9 10 11 12 16,$(ROWS)),all)
 # All sides are built with the same flags, by the same Go.
 bench-programs:

@@ -97,8 +97,8 @@ func parse(benches []table.Bench, args []string, stderr io.Writer) (options, err
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&rows, "rows", "", `the rows to measure, such as "1 2 13"; all, if it is empty`)
-	flags.StringVar(&backend, "backend", "both", "of iptables: nft, legacy or both")
-	flags.BoolVar(&o.quick, "quick", false, "few rounds and small clusters: three minutes for everything")
+	flags.StringVar(&backend, "backend", "", "of iptables: nft, legacy or both; if it is empty, both, and nft with -quick")
+	flags.BoolVar(&o.quick, "quick", false, "few rounds, small clusters and one backend: three minutes for everything")
 	flags.StringVar(&o.bin, "bin", "bin/bench", "folder with the programs of all sides")
 	flags.StringVar(&o.dir, "dir", "bin/bench/run", "folder to write results, plots and logs in")
 	flags.StringVar(&o.record, "record", "", "folder whose performance.md is to show this run; it must be a full one")
@@ -113,15 +113,17 @@ func parse(benches []table.Bench, args []string, stderr io.Writer) (options, err
 	if o.rows, err = wanted(rows, benches); err != nil {
 		return o, err
 	}
-	switch backend {
-	case "nft", "legacy":
+	switch {
+	case backend == "nft", backend == "legacy":
 		o.backends = []string{backend}
-	case "both":
+	case backend == "" && o.quick:
+		o.backends = []string{"nft"}
+	case backend == "", backend == "both":
 		o.backends = []string{"nft", "legacy"}
 	default:
 		return o, fmt.Errorf("-backend %s: must be nft, legacy or both", backend)
 	}
-	if o.record != "" && (rows != "" || backend != "both" || o.quick) {
+	if o.record != "" && (rows != "" || len(o.backends) < 2 || o.quick) {
 		return o, errors.New("-record: the page shows full runs alone: leave out -rows, -backend and -quick")
 	}
 	for _, folder := range []*string{&o.bin, &o.dir} {

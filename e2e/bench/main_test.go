@@ -124,6 +124,19 @@ func TestRowsThatDoNotDependOnTheBackendAreMeasuredOnce(t *testing.T) {
 	}
 }
 
+func TestAQuickRunHasOneBackendUnlessItIsToldOtherwise(t *testing.T) {
+	for _, c := range []struct{ args, want []string }{
+		{nil, []string{"nft", "legacy"}},
+		{[]string{"-quick"}, []string{"nft"}},
+		{[]string{"-quick", "-backend", "both"}, []string{"nft", "legacy"}},
+		{[]string{"-backend", "legacy"}, []string{"legacy"}},
+	} {
+		if o, err := parse(fakes(), c.args, io.Discard); err != nil || !slices.Equal(o.backends, c.want) {
+			t.Errorf("%q: %v, want %v, error %v", c.args, o.backends, c.want, err)
+		}
+	}
+}
+
 func TestRowsAreReadWithBlanksOrCommas(t *testing.T) {
 	for list, want := range map[string]map[int]bool{
 		"": {1: true, 3: true, 5: true}, "3": {3: true}, " 1  5 ": {1: true, 5: true}, "1,5": {1: true, 5: true},

@@ -24,6 +24,7 @@ import (
 	"github.com/postern-cni/postern/e2e/bench/cni"
 	"github.com/postern-cni/postern/e2e/bench/control"
 	"github.com/postern-cni/postern/e2e/bench/latency"
+	"github.com/postern-cni/postern/e2e/bench/packets"
 	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/isolate"
 )
@@ -32,7 +33,7 @@ import (
 func benches() []table.Bench {
 	return []table.Bench{
 		cni.Bench(),
-		// packets: rows 13 to 15
+		packets.Bench(),
 		control.Bench(),
 		latency.Bench(startSide), latency.Large(), latency.Empty(),
 	}

@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"runtime"
-	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -109,26 +107,12 @@ func (s *side) fill(ctx context.Context, pods int) error {
 			return err
 		}
 	}
-	errs := make(chan error, len(list))
-	work := make(chan world.Pod)
-	var workers sync.WaitGroup
-	for range max(2, runtime.GOMAXPROCS(0)) {
-		workers.Go(func() {
-			for p := range work {
-				_, err := s.attach(ctx, p)
-				errs <- err
-			}
-		})
-	}
-	for _, p := range list {
-		work <- p
-	}
-	close(work)
-	workers.Wait()
-	for range list {
-		if err := <-errs; err != nil {
-			return err
-		}
+	err := world.Each(len(list), func(i int) error {
+		_, err := s.attach(ctx, list[i])
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	s.pods = append(s.pods, list...)
 	return nil

@@ -16,16 +16,16 @@ func (n *Node) Write(name string, object any) error {
 	if err != nil {
 		return fmt.Errorf("write manifest %s: %w", name, err)
 	}
-	path := filepath.Join(Manifests, name+".json")
-	if err := os.WriteFile(Manifests+".new", text, 0o644); err != nil {
+	path := filepath.Join(n.manifests, name+".json")
+	if err := os.WriteFile(n.manifests+".new", text, 0o644); err != nil {
 		return fmt.Errorf("write manifest %s: %w", name, err)
 	}
-	return os.Rename(Manifests+".new", path)
+	return os.Rename(n.manifests+".new", path)
 }
 
 // Remove takes away what [Node.Write] wrote. That it is not there is no error.
 func (n *Node) Remove(name string) error {
-	err := os.Remove(filepath.Join(Manifests, name+".json"))
+	err := os.Remove(filepath.Join(n.manifests, name+".json"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

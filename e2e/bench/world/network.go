@@ -28,7 +28,7 @@ func (n *Node) Config(more map[string]any) map[string]any {
 	postern := map[string]any{
 		"type":            "postern",
 		"capabilities":    map[string]any{"portMappings": true},
-		"stateDir":        StateDir,
+		"stateDir":        n.stateDir,
 		"iptablesBackend": n.Backend,
 		"ipam":            map[string]any{"ranges": []map[string]any{{"subnet": PodRange.String()}}},
 	}

@@ -31,8 +31,8 @@ type Policyd struct {
 	ended chan struct{} // closed when it has ended
 }
 
-// StartPolicyd starts policyd and does not wait for anything: see [Policyd.Settle]. Objects come from the folder [Manifests]
-// unless the flags say --from or --kubeconfig. It ends with the process, or when it is told to.
+// StartPolicyd starts policyd and does not wait for anything: see [Policyd.Settle]. Objects come from the folder that [Node.Write]
+// writes unless the flags say --from or --kubeconfig. It ends with the process, or when it is told to.
 func (n *Node) StartPolicyd(_ context.Context, flags ...string) (*Policyd, error) {
 	n.started++
 	d := &Policyd{node: n, URL: "http://" + listen, ended: make(chan struct{}),
@@ -42,15 +42,15 @@ func (n *Node) StartPolicyd(_ context.Context, flags ...string) (*Policyd, error
 		return nil, err
 	}
 	defer log.Close()
-	args := []string{"run", "--node", NodeName, "--state-dir", StateDir, "--iptables-backend", n.Backend, "--listen", listen}
+	args := []string{"run", "--node", NodeName, "--state-dir", n.stateDir, "--iptables-backend", n.Backend, "--listen", listen}
 	if !slices.ContainsFunc(flags, func(f string) bool {
 		return strings.HasPrefix(f, "--from") || strings.HasPrefix(f, "--kubeconfig")
 	}) {
-		args = append(args, "--from", Manifests)
+		args = append(args, "--from", n.manifests)
 	}
 	d.cmd = exec.Command(n.program("policyd"), append(args, flags...)...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
-	if err := d.cmd.Start(); err != nil {
+	if err := n.In(d.cmd.Start); err != nil {
 		return nil, fmt.Errorf("start policyd: %w", err)
 	}
 	d.Pid = d.cmd.Process.Pid
@@ -68,7 +68,7 @@ func (d *Policyd) Settle(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, settleLimit)
 	defer cancel()
 	for {
-		status := exec.CommandContext(ctx, d.node.program("policyd"), "status", "--wait", "--state-dir", StateDir,
+		status := exec.CommandContext(ctx, d.node.program("policyd"), "status", "--wait", "--state-dir", d.node.stateDir,
 			"--timeout", settleLimit.String())
 		out, err := status.CombinedOutput()
 		if err == nil {

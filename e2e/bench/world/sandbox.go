@@ -69,7 +69,8 @@ func (n *Node) Quiet(ctx context.Context, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
-		links, err := netlink.LinkList()
+		var links []netlink.Link
+		err := n.In(func() (err error) { links, err = netlink.LinkList(); return err })
 		if err == nil && !slices.ContainsFunc(links, podLink) {
 			return nil
 		}

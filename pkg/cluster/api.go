@@ -18,10 +18,9 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
-	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
-	networkingv1client "k8s.io/client-go/kubernetes/typed/networking/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/pager"
@@ -47,31 +46,41 @@ func FromAPI(config *rest.Config) (*API, error) {
 	if config.QPS == 0 { // client-go's 5 a second are few for three kinds on one client; reflectors pause by themselves
 		config.QPS, config.Burst = 20, 40
 	}
-	core, err := corev1client.NewForConfig(config)
+	config.NegotiatedSerializer = codecs()
+	core, err := client(config, "/api", corev1.SchemeGroupVersion)
 	if err != nil {
-		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
+		return nil, err
 	}
-	networking, err := networkingv1client.NewForConfig(config)
+	networking, err := client(config, "/apis", networkingv1.SchemeGroupVersion)
 	if err != nil {
-		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
+		return nil, err
 	}
 	a := &API{changes: newSignal()}
-	labels := newLabelTable()
-	a.pods = newCache(a.changes, core.RESTClient(), "pods", &corev1.Pod{}, func(o runtime.Object) *object.Pod {
-		p := toPod(o.(*corev1.Pod))
-		intern(p)
-		p.Labels = labels.use(p.Labels)
+	lately := newLately()
+	a.pods = newCache(a.changes, core, "pods", &wirePod{}, func(o runtime.Object) *object.Pod {
+		p := o.(*wirePod).object
+		lately.share(p)
 		return p
 	})
-	a.pods.release = func(p *object.Pod) { labels.release(p.Labels) }
-	a.namespaces = newCache(a.changes, core.RESTClient(), "namespaces", &corev1.Namespace{},
+	a.namespaces = newCache(a.changes, core, "namespaces", &corev1.Namespace{},
 		func(o runtime.Object) *object.Namespace { return toNamespace(o.(*corev1.Namespace)) })
-	a.policies = newCache(a.changes, networking.RESTClient(), "networkpolicies", &networkingv1.NetworkPolicy{},
+	a.policies = newCache(a.changes, networking, "networkpolicies", &networkingv1.NetworkPolicy{},
 		func(o runtime.Object) *networkingv1.NetworkPolicy { return toPolicy(o.(*networkingv1.NetworkPolicy)) })
-	a.nodes = newCache(a.changes, core.RESTClient(), "nodes", &corev1.Node{},
+	a.nodes = newCache(a.changes, core, "nodes", &corev1.Node{},
 		func(o runtime.Object) *object.Node { return toNode(o.(*corev1.Node)) })
 	a.nodes.also = newSignal()
 	return a, nil
+}
+
+// client returns one for an API group.
+func client(config *rest.Config, path string, group schema.GroupVersion) (*rest.RESTClient, error) {
+	config = rest.CopyConfig(config)
+	config.APIPath, config.GroupVersion = path, &group
+	c, err := rest.RESTClientFor(config)
+	if err != nil {
+		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
+	}
+	return c, nil
 }
 
 // Run implements [Source].
@@ -129,7 +138,6 @@ type cacheOf[T comparable] struct {
 	resource string
 	like     runtime.Object
 	strip    func(runtime.Object) T
-	release  func(T) // called for what strip returned and is not kept any more
 	source   *cache.ListWatch
 	changes  signal
 	also     signal // nil, or told of this kind's changes alone
@@ -152,7 +160,7 @@ type versioned[T comparable] struct {
 func newCache[T comparable](
 	changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T,
 ) *cacheOf[T] {
-	c := &cacheOf[T]{resource: resource, like: like, strip: strip, release: func(T) {}, changes: changes,
+	c := &cacheOf[T]{resource: resource, like: like, strip: strip, changes: changes,
 		items: map[string]versioned[T]{}, changed: map[string]bool{}}
 	plain := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
 	c.source = &cache.ListWatch{
@@ -285,15 +293,9 @@ func identify(o any) (key string, version uint64, err error) {
 // keep puts a stripped object in the place of the one of that key. One that is the same in all that matters is no change, and the
 // one that is there stays.
 func (c *cacheOf[T]) keep(items map[string]versioned[T], key string, o T, version uint64) {
-	was, there := c.items[key]
-	switch {
-	case there && reflect.DeepEqual(was.object, o):
-		c.release(o)
+	if was, there := c.items[key]; there && reflect.DeepEqual(was.object, o) {
 		o = was.object
-	case there:
-		c.release(was.object)
-		fallthrough
-	default:
+	} else {
 		c.changed[key] = true
 	}
 	items[key] = versioned[T]{o, version}
@@ -301,8 +303,7 @@ func (c *cacheOf[T]) keep(items map[string]versioned[T], key string, o T, versio
 
 // gone notes that there is no object of that key any more.
 func (c *cacheOf[T]) gone(key string) {
-	if was, there := c.items[key]; there {
-		c.release(was.object)
+	if _, there := c.items[key]; there {
 		c.changed[key] = true
 	}
 }

@@ -95,7 +95,7 @@ func TestAnAPIServerIsListedAndWatched(t *testing.T) {
 
 		a.Put(podOf("shop", "db", map[string]string{"app": "db"}))
 		nettest.Eventually(t, limit, "the new label", func() error {
-			if got := s.Snapshot().Pods[0].Labels; got["app"] != "db" {
+			if got := s.Snapshot().Pods[0].Labels; got.Get("app") != "db" {
 				return fmt.Errorf("labels %v", got)
 			}
 			return nil
@@ -147,7 +147,7 @@ func TestObjectsOfTheAPIAreStripped(t *testing.T) {
 		if len(c.Pods) != 6 || len(c.Policies) != 1 {
 			t.Fatalf("holds %q", contents(c))
 		}
-		want := &object.Pod{Namespace: "shop", Name: "web", UID: "uid-1", Mirror: "mirror-1", Node: "n1", Labels: map[string]string{"app": "web"},
+		want := &object.Pod{Namespace: "shop", Name: "web", UID: "uid-1", Mirror: "mirror-1", Node: "n1", Labels: object.LabelsOf(map[string]string{"app": "web"}),
 			IPs: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")},
 			Ports: []object.Port{{Name: "http", Protocol: corev1.ProtocolTCP, Number: 80},
 				{Name: "dns", Protocol: corev1.ProtocolUDP, Number: 53}},
@@ -174,6 +174,7 @@ func TestABrokenWatchLosesNothing(t *testing.T) {
 			servers(t, func(t *testing.T, a *fakeAPI) {
 				a.Put(namespaceOf("shop", nil), podOf("shop", "web", nil), podOf("shop", "db", nil), policyOf("shop", "p"))
 				s := fromAPI(t, a)
+				synced(t, s)
 				waitFor(t, s, "pod shop/db", "pod shop/web", "namespace shop", "policy shop/p")
 				a.SetAway(unavailable)
 				a.Delete(podOf("shop", "db", nil), policyOf("shop", "p"))
@@ -314,7 +315,7 @@ func TestRereadWaitsForTheWatch(t *testing.T) {
 				t.Errorf("after Reread of %s: %q, want %q", step.name, got, step.want)
 			}
 		}
-		if got := s.Snapshot().Pods[1].Labels; got["app"] != "web" {
+		if got := s.Snapshot().Pods[1].Labels; got.Get("app") != "web" {
 			t.Errorf("after Reread: labels %v", got)
 		}
 	})

@@ -13,29 +13,35 @@ import (
 
 // toPod keeps of a Pod what matters.
 func toPod(p *corev1.Pod) *object.Pod {
+	var podIPs []string
+	for _, ip := range p.Status.PodIPs {
+		podIPs = append(podIPs, ip.IP)
+	}
 	return &object.Pod{
 		Namespace: p.Namespace, Name: p.Name, UID: string(p.UID),
 		Mirror: p.Annotations[corev1.MirrorPodAnnotationKey],
-		Node:   p.Spec.NodeName, Labels: p.Labels,
-		IPs: addresses(&p.Status), Ports: ports(&p.Spec),
+		Node:   p.Spec.NodeName, Labels: object.LabelsOf(p.Labels),
+		IPs: addresses(podIPs, p.Status.PodIP), Ports: ports(&p.Spec),
 		HostNetwork: p.Spec.HostNetwork,
-		Ended:       p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed,
+		Ended:       ended(p.Status.Phase),
 		Terminating: p.DeletionTimestamp != nil,
 	}
 }
 
-func addresses(s *corev1.PodStatus) []netip.Addr {
+func ended(phase corev1.PodPhase) bool {
+	return phase == corev1.PodSucceeded || phase == corev1.PodFailed
+}
+
+// addresses reads status.podIPs, or status.podIP where there are none.
+func addresses(podIPs []string, podIP string) []netip.Addr {
+	if len(podIPs) == 0 {
+		podIPs = []string{podIP}
+	}
 	var list []netip.Addr
-	add := func(text string) {
+	for _, text := range podIPs {
 		if a, err := netip.ParseAddr(text); err == nil && !slices.Contains(list, a.Unmap()) {
 			list = append(list, a.Unmap())
 		}
-	}
-	for _, ip := range s.PodIPs {
-		add(ip.IP)
-	}
-	if len(s.PodIPs) == 0 {
-		add(s.PodIP)
 	}
 	return list
 }
@@ -45,13 +51,7 @@ func ports(s *corev1.PodSpec) []object.Port {
 	var list []object.Port
 	add := func(c *corev1.Container) {
 		for _, p := range c.Ports {
-			if p.Name == "" || p.ContainerPort < 1 || p.ContainerPort > 65535 {
-				continue
-			}
-			if p.Protocol == "" {
-				p.Protocol = corev1.ProtocolTCP
-			}
-			list = append(list, object.Port{Name: p.Name, Protocol: p.Protocol, Number: uint16(p.ContainerPort)})
+			list = withPort(list, p.Name, p.Protocol, p.ContainerPort)
 		}
 	}
 	for i := range s.Containers {
@@ -63,6 +63,17 @@ func ports(s *corev1.PodSpec) []object.Port {
 		}
 	}
 	return list
+}
+
+// withPort adds a port of a container to a list, if it has a name.
+func withPort(list []object.Port, name string, protocol corev1.Protocol, number int32) []object.Port {
+	if name == "" || number < 1 || number > 65535 {
+		return list
+	}
+	if protocol == "" {
+		protocol = corev1.ProtocolTCP
+	}
+	return append(list, object.Port{Name: name, Protocol: protocol, Number: uint16(number)})
 }
 
 // toNode keeps of a Node what other nodes reach it and its pods by.

@@ -210,7 +210,7 @@ func TestOfAnObjectInTwoFilesTheFirstFileCounts(t *testing.T) {
 		t.Helper()
 		nettest.Eventually(t, limit, "the pod of file "+want, func() error {
 			pods := f.Snapshot().Pods
-			if len(pods) != 1 || pods[0].Labels["from"] != want || len(f.Problems()) != problems {
+			if len(pods) != 1 || pods[0].Labels.Get("from") != want || len(f.Problems()) != problems {
 				return fmt.Errorf("pods %v, problems %q", pods, f.Problems())
 			}
 			return nil

@@ -1,80 +1,45 @@
 package cluster
 
 import (
-	"maps"
+	"hash/maphash"
 	"slices"
-	"strings"
-	"sync"
-	"unique"
 
 	"github.com/postern-cni/postern/pkg/object"
 )
 
-// A cluster has many pods and few different label sets, nodes and port names: each is kept once.
-
-// labelTable shares equal label sets among the pods that are kept.
-type labelTable struct {
-	mu   sync.Mutex
-	sets map[string]*shared
+// lately shares what a pod has in common with those that came before it: a cluster has many pods, and few namespaces, nodes and
+// lists of ports. It remembers a fixed number of them, so it needs no account of who still uses which, and what it has forgotten is
+// only kept once more.
+type lately struct {
+	seed  maphash.Seed
+	words [4096]string
+	ports [512][]object.Port
 }
 
-type shared struct {
-	labels map[string]string
-	users  int
-}
+func newLately() *lately { return &lately{seed: maphash.MakeSeed()} }
 
-func newLabelTable() *labelTable { return &labelTable{sets: map[string]*shared{}} }
-
-func keyOf(labels map[string]string) string {
-	var b strings.Builder
-	for _, k := range slices.Sorted(maps.Keys(labels)) {
-		b.WriteString(k)
-		b.WriteByte(0)
-		b.WriteString(labels[k])
-		b.WriteByte(0)
+func (l *lately) word(s string) string {
+	w := &l.words[maphash.String(l.seed, s)%uint64(len(l.words))]
+	if *w != s {
+		*w = s
 	}
-	return b.String()
+	return *w
 }
 
-// use returns the one map with these labels, and counts a user more.
-func (t *labelTable) use(labels map[string]string) map[string]string {
-	if len(labels) == 0 {
-		return nil
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	key := keyOf(labels)
-	s := t.sets[key]
-	if s == nil {
-		s = &shared{labels: labels}
-		t.sets[key] = s
-	}
-	s.users++
-	return s.labels
-}
-
-// release counts a user less.
-func (t *labelTable) release(labels map[string]string) {
-	if len(labels) == 0 {
+// share gives a pod the strings and lists that others have, but its labels, which share themselves.
+func (l *lately) share(p *object.Pod) {
+	p.Namespace, p.Node = l.word(p.Namespace), l.word(p.Node)
+	if len(p.Ports) == 0 {
 		return
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	key := keyOf(labels)
-	if s := t.sets[key]; s.users > 1 {
-		s.users--
-	} else {
-		delete(t.sets, key)
+	var h maphash.Hash
+	h.SetSeed(l.seed)
+	for _, port := range p.Ports {
+		maphash.WriteComparable(&h, port)
 	}
-}
-
-// intern shares what a pod has in common with others, its labels excepted.
-func intern(p *object.Pod) {
-	once := func(s *string) { *s = unique.Make(*s).Value() }
-	once(&p.Namespace)
-	once(&p.Node)
-	for i := range p.Ports {
-		once(&p.Ports[i].Name)
-		p.Ports[i].Protocol = unique.Make(p.Ports[i].Protocol).Value()
+	ports := &l.ports[h.Sum64()%uint64(len(l.ports))]
+	if !slices.Equal(*ports, p.Ports) {
+		*ports = slices.Clip(p.Ports)
 	}
+	p.Ports = *ports
 }

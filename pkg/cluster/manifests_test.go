@@ -183,7 +183,7 @@ func TestAPodIsStrippedToWhatMatters(t *testing.T) {
 			annotations: {kubernetes.io/config.mirror: m-1, other: x}, deletionTimestamp: "2026-01-02T03:04:05Z"},
 			spec: {nodeName: n1, hostNetwork: true, containers: [{name: c, image: i, ports: [{name: http, containerPort: 80}]}]},
 			status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}}`,
-			object.Pod{Namespace: "shop", Name: "web", UID: "u-1", Mirror: "m-1", Node: "n1", Labels: map[string]string{"app": "web"},
+			object.Pod{Namespace: "shop", Name: "web", UID: "u-1", Mirror: "m-1", Node: "n1", Labels: object.LabelsOf(map[string]string{"app": "web"}),
 				IPs:         []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")},
 				Ports:       []object.Port{{Name: "http", Protocol: corev1.ProtocolTCP, Number: 80}},
 				HostNetwork: true, Terminating: true}},

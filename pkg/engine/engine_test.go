@@ -64,7 +64,7 @@ func (o *objects) set(c object.Cluster) {
 
 func podNumber(i int) *object.Pod {
 	return &object.Pod{Namespace: "shop", Name: fmt.Sprint("p", i), UID: fmt.Sprint("uid", i), Node: "node",
-		Labels: map[string]string{"app": fmt.Sprint(i)}}
+		Labels: object.LabelsOf(map[string]string{"app": fmt.Sprint(i)})}
 }
 
 func recordOf(p *object.Pod, i int) *attachment.Attachment {

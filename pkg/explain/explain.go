@@ -7,7 +7,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/postern-cni/postern/pkg/object"
 )
@@ -113,7 +112,7 @@ func selects(np *networkingv1.NetworkPolicy, pod *object.Pod) bool {
 		return false
 	}
 	selector, err := metav1.LabelSelectorAsSelector(&np.Spec.PodSelector)
-	return err != nil || selector.Matches(labels.Set(pod.Labels))
+	return err != nil || selector.Matches(&pod.Labels)
 }
 
 // speaksOf reports whether a policy has a direction. policyTypes left out means ingress, and egress where there are such rules.

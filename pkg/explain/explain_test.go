@@ -29,7 +29,7 @@ func shop(policies ...*networkingv1.NetworkPolicy) object.Cluster {
 		return object.Port{Name: name, Protocol: corev1.ProtocolTCP, Number: number}
 	}
 	pod := func(namespace, name, app string, ips ...netip.Addr) *object.Pod {
-		return &object.Pod{Namespace: namespace, Name: name, Labels: map[string]string{"app": app}, IPs: ips}
+		return &object.Pod{Namespace: namespace, Name: name, Labels: object.LabelsOf(map[string]string{"app": app}), IPs: ips}
 	}
 	web1, web2 := pod("shop", "web-1", "web", ip("10.0.0.1"), ip("fd00::1")), pod("shop", "web-2", "web", ip("10.0.0.2"))
 	web1.Ports, web2.Ports = []object.Port{tcp("http", 8080)}, []object.Port{tcp("http", 9090)}

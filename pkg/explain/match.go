@@ -49,8 +49,8 @@ func (e *explainer) selected(namespace string, p *networkingv1.NetworkPolicyPeer
 		}
 	}
 	if p.PodSelector != nil {
-		if s, _ := metav1.LabelSelectorAsSelector(p.PodSelector); !s.Matches(labels.Set(pod.Labels)) {
-			return false, fmt.Sprintf("wants pods with (%s), and %s has (%s)", s, pod.Key(), labels.Set(pod.Labels))
+		if s, _ := metav1.LabelSelectorAsSelector(p.PodSelector); !s.Matches(&pod.Labels) {
+			return false, fmt.Sprintf("wants pods with (%s), and %s has (%s)", s, pod.Key(), pod.Labels)
 		}
 	}
 	return true, "matches " + pod.Key()

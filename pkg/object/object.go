@@ -23,7 +23,7 @@ type Pod struct {
 	Mirror string
 	// Node is spec.nodeName.
 	Node   string
-	Labels map[string]string
+	Labels Labels
 	// IPs are status.podIPs (at most one of each family), in the API's order.
 	IPs   []netip.Addr
 	Ports []Port

@@ -57,7 +57,7 @@ func (x *Index) candidates(p *pod, each func(*Group)) {
 	}
 	for _, in := range []string{p.Namespace, ""} {
 		visit(anchor{namespace: in})
-		for key, value := range p.Labels {
+		for key, value := range p.Labels.All() {
 			visit(anchor{in, key, value})
 		}
 	}
@@ -99,7 +99,7 @@ func (s selector) admits(name string, ns *namespace) bool {
 // matches reports whether a pod's labels are selected. To ask for one label first is several times faster than the selector,
 // which most pods of a large cluster do not match.
 func (s selector) matches(p *pod) bool {
-	return (s.key == "" || p.Labels[s.key] == s.value) && s.pods.Matches(labels.Set(p.Labels))
+	return (s.key == "" || p.Labels.Get(s.key) == s.value) && s.pods.Matches(&p.Labels)
 }
 
 // fill finds the members of a new group.
@@ -278,5 +278,5 @@ func portOf(pod *object.Pod, name string, protocol corev1.Protocol) (uint16, boo
 
 // selects reports whether the policy applies to a pod.
 func (p *parsed) selects(pod *object.Pod) bool {
-	return pod != nil && !pod.HostNetwork && pod.Namespace == p.namespace && p.pods.Matches(labels.Set(pod.Labels))
+	return pod != nil && !pod.HostNetwork && pod.Namespace == p.namespace && p.pods.Matches(&pod.Labels)
 }

@@ -130,7 +130,7 @@ func podObject(p *object.Pod, i int) *corev1.Pod {
 		}
 	}
 	out := &corev1.Pod{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, Labels: p.Labels},
+		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: p.Name, Labels: p.Labels.Map()},
 		Spec:       corev1.PodSpec{NodeName: p.Node, HostNetwork: p.HostNetwork, Containers: []corev1.Container{main}}}
 	if len(sidecar.Ports) > 0 {
 		ends := corev1.Container{Name: "ends", Ports: []corev1.ContainerPort{{Name: "web", ContainerPort: 7}}}

@@ -238,7 +238,7 @@ func (m *mover) newPod(s *step) {
 	if m.crowded {
 		names = 40
 	}
-	pod := &object.Pod{Namespace: one(m.dice, namespaces...), Name: fmt.Sprintf("p%02d", m.IntN(names)), Labels: m.labels(),
+	pod := &object.Pod{Namespace: one(m.dice, namespaces...), Name: fmt.Sprintf("p%02d", m.IntN(names)), Labels: object.LabelsOf(m.labels()),
 		UID:  one(m.dice, "", fmt.Sprintf("uid-%d", m.count), fmt.Sprintf("uid-%d", m.count)),
 		Node: one(m.dice, thisNode, thisNode, thisNode, "other", "other")}
 	if m.crowded && !m.chance(3) {
@@ -284,7 +284,7 @@ func (m *mover) changePod(s *step) {
 	m.count++
 	switch m.IntN(12) {
 	case 0, 1, 2, 3:
-		pod.Labels = m.labels()
+		pod.Labels = object.LabelsOf(m.labels())
 	case 4, 5:
 		pod.IPs = one(m.dice, nil, m.pair(), m.pair())
 	case 6:

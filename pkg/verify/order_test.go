@@ -28,7 +28,7 @@ func twoPods(np *networkingv1.NetworkPolicy) step {
 	s.Pods = map[string]*object.Pod{}
 	s.Namespaces = map[string]*object.Namespace{"a": {Name: "a"}}
 	for i, name := range []string{"client", "server"} {
-		p := &object.Pod{Namespace: "a", Name: name, Node: thisNode, Labels: map[string]string{"app": name}}
+		p := &object.Pod{Namespace: "a", Name: name, Node: thisNode, Labels: object.LabelsOf(map[string]string{"app": name})}
 		s.Pods[p.Key()] = p
 		a := &attachment.Attachment{Version: 1, ContainerID: name, IfName: "eth0", NetNS: "/proc/self/ns/net",
 			Pod: attachment.Pod{Namespace: "a", Name: name}, Policy: attachment.PolicyEnforce,

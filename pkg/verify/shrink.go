@@ -135,8 +135,8 @@ func podCuts(p *object.Pod) []*object.Pod {
 	for i := range p.Ports {
 		cut(func(less *object.Pod) { less.Ports = without(p.Ports, i) })
 	}
-	if len(p.Labels) > 0 {
-		cut(func(less *object.Pod) { less.Labels = nil })
+	if p.Labels != (object.Labels{}) {
+		cut(func(less *object.Pod) { less.Labels = object.Labels{} })
 	}
 	if p.Terminating {
 		cut(func(less *object.Pod) { less.Terminating = false })

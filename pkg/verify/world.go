@@ -159,7 +159,7 @@ func (w *maker) pods() {
 // pod makes a pod that has no address yet.
 func (w *maker) pod(node string) *object.Pod {
 	pod := &object.Pod{Namespace: one(w.dice, namespaces...), Name: fmt.Sprintf("p%02d", len(w.Cluster.Pods)), Node: node,
-		Labels: w.labels()}
+		Labels: object.LabelsOf(w.labels())}
 	pod.Ports = some(w.dice, 3, func() object.Port {
 		return object.Port{Name: one(w.dice, portNames...), Protocol: w.protocol(), Number: one(w.dice, numbers...)}
 	})

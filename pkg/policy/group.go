@@ -102,8 +102,34 @@ func (s selector) matches(p *pod) bool {
 	return (s.key == "" || p.Labels.Get(s.key) == s.value) && s.pods.Matches(&p.Labels)
 }
 
-// fill finds the members of a new group.
-func (x *Index) fill(g *Group) {
+// some is so many groups that to go through all pods for each takes longer than to ask each pod for its own groups.
+const some = 8
+
+// fill finds the members of new groups.
+func (x *Index) fill(groups map[*Group]bool) {
+	if len(groups) <= some {
+		for g := range groups {
+			x.search(g)
+		}
+		return
+	}
+	for _, p := range x.pods {
+		x.addressesOf(p, func(a netip.Addr) {
+			owners := x.owners(a)
+			x.candidates(p, func(g *Group) {
+				if !groups[g] {
+					return
+				}
+				if number, in := x.member(g, owners); in {
+					g.members.Put(a, number)
+				}
+			})
+		})
+	}
+}
+
+// search finds the members of one new group.
+func (x *Index) search(g *Group) {
 	from := maps.Keys(x.namespaces)
 	if g.selectors != nil && !slices.ContainsFunc(g.selectors, func(s selector) bool { return s.namespaces != nil }) {
 		from = slices.Values([]string{g.selectors[0].namespace}) // selectors without namespaces are all of their policy's
@@ -204,8 +230,7 @@ func (u *update) group(list *peerList, port namedPort) *Group {
 			}
 			u.anchors[a][g] = true
 		}
-		u.fill(g)
-		u.change(g).Created = true
+		u.change(g).Created = true // its members come when all is known
 	}
 	g.refs++
 	return g

@@ -84,6 +84,17 @@ type Delta struct {
 	NewRanges, OldRanges []netip.Prefix
 }
 
+// created are the groups that are needed now and were not.
+func (d Delta) created() map[*Group]bool {
+	groups := map[*Group]bool{}
+	for g, c := range d.Groups {
+		if c.Created {
+			groups[g] = true
+		}
+	}
+	return groups
+}
+
 // Served is what [Index.Serves] said before the update.
 func (d Delta) Served(v4 bool) bool { return d.served[v4] }
 
@@ -207,6 +218,7 @@ func (x *Index) Update(c Changes) Delta {
 		u.guard(link)
 	}
 	u.sweep()
+	u.fill(u.delta.created())
 	return u.delta
 }
 

@@ -21,8 +21,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
-	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 
 	"github.com/postern-cni/postern/pkg/nodenet"
@@ -40,7 +40,7 @@ const component = "postern"
 // Recorder writes events about one node.
 type Recorder struct {
 	node   string
-	client corev1client.EventInterface
+	client *rest.RESTClient
 	log    *slog.Logger
 	latest chan []nodenet.Finding // holds one value at most
 	now    func() time.Time
@@ -53,12 +53,16 @@ type Recorder struct {
 func For(config *rest.Config, node string, log *slog.Logger) (*Recorder, error) {
 	config = rest.CopyConfig(config)
 	config.ContentType, config.AcceptContentTypes = runtime.ContentTypeJSON, runtime.ContentTypeJSON // few and small
-	client, err := corev1client.NewForConfig(config)
+	config.APIPath, config.GroupVersion = "/api", &corev1.SchemeGroupVersion
+	scheme := runtime.NewScheme() // client-go's own has all of the API, which would be a third of policyd
+	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Event{})
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	config.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	client, err := rest.RESTClientFor(config)
 	if err != nil {
 		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
 	}
-	// The namespace of events about what has none.
-	return &Recorder{node: node, client: client.Events(metav1.NamespaceDefault), log: log, latest: make(chan []nodenet.Finding, 1),
+	return &Recorder{node: node, client: client, log: log, latest: make(chan []nodenet.Finding, 1),
 		now: time.Now, tried: map[nodenet.Finding]time.Time{}, told: map[nodenet.Finding]time.Time{}}, nil
 }
 
@@ -117,7 +121,8 @@ func (r *Recorder) event(ctx context.Context, f nodenet.Finding, now time.Time) 
 	ctx, cancel := context.WithTimeout(ctx, writeLimit)
 	defer cancel()
 	e := event(r.node, f, now)
-	_, err := r.client.Create(ctx, e, metav1.CreateOptions{})
+	// Events about what has no namespace are in this one.
+	err := r.client.Post().Namespace(metav1.NamespaceDefault).Resource("events").Body(e).Do(ctx).Error()
 	if !apierrors.IsAlreadyExists(err) {
 		return err
 	}
@@ -125,8 +130,8 @@ func (r *Recorder) event(ctx context.Context, f nodenet.Finding, now time.Time) 
 	if err != nil {
 		return err
 	}
-	_, err = r.client.Patch(ctx, e.Name, types.MergePatchType, patch, metav1.PatchOptions{})
-	return err
+	return r.client.Patch(types.MergePatchType).Namespace(metav1.NamespaceDefault).Resource("events").Name(e.Name).Body(patch).
+		Do(ctx).Error()
 }
 
 // event is what a finding looks like as an Event.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net"
 	"net/url"
 	"reflect"
 	"slices"
@@ -47,6 +48,7 @@ func FromAPI(config *rest.Config) (*API, error) {
 		config.QPS, config.Burst = 20, 40
 	}
 	config.NegotiatedSerializer = codecs()
+	streams(config)
 	core, err := client(config, "/api", corev1.SchemeGroupVersion)
 	if err != nil {
 		return nil, err
@@ -70,6 +72,18 @@ func FromAPI(config *rest.Config) (*API, error) {
 		func(o runtime.Object) *object.Node { return toNode(o.(*corev1.Node)) })
 	a.nodes.also = newSignal()
 	return a, nil
+}
+
+// streams sets up connections for long streams of which the beginning is large: a connection for each, without HTTP/2, whose
+// reader answers every few KiB with frames that both sides encrypt; and without compression, which costs the API server more than it
+// saves. Keepalives stand in for HTTP/2's pings: that a server has gone without a word is noticed within a minute.
+func streams(config *rest.Config) {
+	config.DisableCompression = true
+	config.NextProtos = []string{"http/1.1"}
+	if config.Dial == nil {
+		config.Dial = (&net.Dialer{Timeout: 30 * time.Second, KeepAliveConfig: net.KeepAliveConfig{
+			Enable: true, Idle: 20 * time.Second, Interval: 10 * time.Second, Count: 3}}).DialContext
+	}
 }
 
 // client returns one for an API group.

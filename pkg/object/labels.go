@@ -65,6 +65,13 @@ func (l Labels) All() iter.Seq2[string, string] {
 
 // word cuts off the first word of a text that begins with its length.
 func word(text string) (first, rest string) {
+	if n := int(text[0]); n < 0x80 {
+		return text[1 : 1+n], text[1+n:]
+	}
+	return longWord(text)
+}
+
+func longWord(text string) (first, rest string) {
 	length, shift := 0, 0
 	for i := 0; ; i++ {
 		length |= int(text[i]&0x7f) << shift
@@ -77,8 +84,13 @@ func word(text string) (first, rest string) {
 
 // Lookup returns the value of a key, and whether there is one.
 func (l Labels) Lookup(key string) (value string, exists bool) {
-	for k, v := range l.All() {
-		if k == key {
+	if l == (Labels{}) {
+		return "", false
+	}
+	for rest := l.text.Value(); rest != ""; {
+		var k, v string
+		k, rest = word(rest)
+		if v, rest = word(rest); k == key {
 			return v, true
 		}
 	}

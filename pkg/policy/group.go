@@ -2,13 +2,11 @@ package policy
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
-	"k8s.io/apimachinery/pkg/selection"
 
 	"github.com/postern-cni/postern/pkg/object"
 )
@@ -18,23 +16,11 @@ import (
 type anchor struct{ namespace, key, value string }
 
 func (s selector) anchor() anchor {
-	a := anchor{key: s.key, value: s.value}
+	a := anchor{key: s.pods.key, value: s.pods.value}
 	if s.namespaces == nil {
 		a.namespace = s.namespace
 	}
 	return a
-}
-
-// labelOf is the first label that a selector asks for by value; empty if there is none.
-func labelOf(s labels.Selector) (key, value string) {
-	requirements, _ := s.Requirements() // those of API selectors can always be listed
-	for _, r := range requirements {
-		equals := r.Operator() == selection.In || r.Operator() == selection.Equals || r.Operator() == selection.DoubleEquals
-		if equals && r.Values().Len() == 1 {
-			return r.Key(), r.Values().UnsortedList()[0]
-		}
-	}
-	return "", ""
 }
 
 func (g *Group) anchors() []anchor {
@@ -67,19 +53,29 @@ func (x *Index) candidates(p *pod, each func(*Group)) {
 // be selected, and have the same number.
 func (x *Index) member(g *Group, owners []*pod) (number uint16, in bool) {
 	for i, p := range owners {
-		if !x.selects(g, p) {
-			return 0, false
-		}
-		if g.Protocol == "" {
-			continue
-		}
-		port, has := portOf(p.Pod, g.port, g.Protocol)
-		if !has || i > 0 && port != number {
+		port, has := g.number(p)
+		if !has || i > 0 && port != number || !x.selects(g, p) {
 			return 0, false
 		}
 		number = port
 	}
 	return number, len(owners) > 0
+}
+
+// number is what a selected pod is a member with: 0, or the number of its port.
+func (g *Group) number(p *pod) (number uint16, has bool) {
+	if g.Protocol == "" {
+		return 0, true
+	}
+	return portOf(p.Pod, g.port, g.Protocol)
+}
+
+// bound is the namespace that all members are in; empty if there is none. Selectors without namespaces are all of their policy's.
+func (g *Group) bound() string {
+	if g.selectors == nil || slices.ContainsFunc(g.selectors, func(s selector) bool { return s.namespaces != nil }) {
+		return ""
+	}
+	return g.selectors[0].namespace
 }
 
 func (x *Index) selects(g *Group, p *pod) bool {
@@ -93,71 +89,70 @@ func (s selector) admits(name string, ns *namespace) bool {
 	if s.namespaces == nil {
 		return name == s.namespace
 	}
-	return ns.known && s.namespaces.Matches(ns.labels)
+	return ns.known && s.namespaces.matches(ns.labels)
 }
 
-// matches reports whether a pod's labels are selected. To ask for one label first is several times faster than the selector,
-// which most pods of a large cluster do not match.
-func (s selector) matches(p *pod) bool {
-	return (s.key == "" || p.Labels.Get(s.key) == s.value) && s.pods.Matches(&p.Labels)
-}
+// matches reports whether a pod's labels are selected.
+func (s selector) matches(p *pod) bool { return s.pods.matches(&p.Labels) }
 
-// some is so many groups that to go through all pods for each takes longer than to ask each pod for its own groups.
-const some = 8
-
-// fill finds the members of new groups.
-func (x *Index) fill(groups map[*Group]bool) {
-	if len(groups) <= some {
-		for g := range groups {
-			x.search(g)
+// fill finds the members of new groups, all in one walk: in each namespace, only pods of groups that have selectors for it are
+// looked at, and only by these selectors.
+func (x *Index) fill(groups []*Group) {
+	bound, wide := map[string][]*Group{}, []*Group(nil)
+	for _, g := range groups {
+		if in := g.bound(); in != "" {
+			bound[in] = append(bound[in], g)
+		} else {
+			wide = append(wide, g)
 		}
-		return
 	}
-	for _, p := range x.pods {
-		x.addressesOf(p, func(a netip.Addr) {
-			owners := x.owners(a)
-			x.candidates(p, func(g *Group) {
-				if !groups[g] {
-					return
-				}
-				if number, in := x.member(g, owners); in {
-					g.members.Put(a, number)
-				}
-			})
-		})
+	type pick struct {
+		group *Group
+		selector
 	}
-}
-
-// search finds the members of one new group.
-func (x *Index) search(g *Group) {
-	from := maps.Keys(x.namespaces)
-	if g.selectors != nil && !slices.ContainsFunc(g.selectors, func(s selector) bool { return s.namespaces != nil }) {
-		from = slices.Values([]string{g.selectors[0].namespace}) // selectors without namespaces are all of their policy's
-	}
-	for name := range from {
-		ns := x.namespaces[name]
-		if ns == nil {
-			continue
-		}
-		var here []selector
-		for _, s := range g.selectors {
-			if s.admits(name, ns) {
-				here = append(here, s)
+	var here []pick
+	everybody := selector{pods: asking(labels.Everything())}
+	for name, ns := range x.namespaces {
+		here = here[:0]
+		for _, g := range bound[name] {
+			for _, s := range g.selectors {
+				here = append(here, pick{g, s})
 			}
 		}
-		if g.selectors != nil && here == nil {
+		for _, g := range wide {
+			for _, s := range g.selectors {
+				if s.admits(name, ns) {
+					here = append(here, pick{g, s})
+				}
+			}
+			if g.selectors == nil {
+				here = append(here, pick{g, everybody})
+			}
+		}
+		if len(here) == 0 {
 			continue
 		}
 		for _, p := range ns.pods {
-			if g.selectors != nil && !slices.ContainsFunc(here, func(s selector) bool { return s.matches(p) }) {
-				continue
-			}
-			x.addressesOf(p, func(a netip.Addr) {
-				if number, in := x.member(g, x.owners(a)); in {
-					g.members.Put(a, number)
+			for _, by := range here {
+				if by.matches(p) {
+					x.addressesOf(p, func(a netip.Addr) { x.put(by.group, p, a) })
 				}
-			})
+			}
 		}
+	}
+}
+
+// put makes an address of a selected pod a member of a group, if all its owners are selected.
+func (x *Index) put(g *Group, selected *pod, a netip.Addr) {
+	owners := x.owners(a)
+	number, in := uint16(0), false
+	if len(owners) == 1 && owners[0] == selected {
+		number, in = g.number(selected)
+	} else {
+		number, in = x.member(g, owners)
+	}
+	if in {
+		g.members.Put(a, number)
 	}
 }
 

@@ -85,14 +85,13 @@ type Delta struct {
 }
 
 // created are the groups that are needed now and were not.
-func (d Delta) created() map[*Group]bool {
-	groups := map[*Group]bool{}
+func (d Delta) created() (list []*Group) {
 	for g, c := range d.Groups {
 		if c.Created {
-			groups[g] = true
+			list = append(list, g)
 		}
 	}
-	return groups
+	return list
 }
 
 // Served is what [Index.Serves] said before the update.

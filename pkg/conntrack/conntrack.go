@@ -10,7 +10,7 @@ import (
 )
 
 // DeleteAddresses deletes every flow, in every zone, that has one of the addresses as source or destination, in its original or
-// its reply direction. It reads the table once for each family, however many addresses there are; without any, it does nothing.
+// its reply direction. It reads the table once, however many addresses there are; without any, it does nothing.
 func DeleteAddresses(addrs ...netip.Addr) error {
 	wanted := map[netip.Addr]bool{}
 	var families Families
@@ -36,6 +36,17 @@ func (f *Families) Add(a netip.Addr) {
 	f.IPv4, f.IPv6 = f.IPv4 || a.Unmap().Is4(), f.IPv6 || !a.Unmap().Is4()
 }
 
+// toRead is the family of netlink for a reading of the table that finds flows of these; without any, of both.
+func (f Families) toRead() uint8 {
+	switch f {
+	case Families{IPv4: true}:
+		return unix.AF_INET
+	case Families{IPv6: true}:
+		return unix.AF_INET6
+	}
+	return unix.AF_UNSPEC
+}
+
 // DeleteTouching is [DeleteAddresses] for the addresses that which names.
 func DeleteTouching(families Families, which func(netip.Addr) bool) error {
 	if families == (Families{}) {
@@ -46,12 +57,7 @@ func DeleteTouching(families Families, which func(netip.Addr) bool) error {
 		return err
 	}
 	defer t.Close()
-	for fam, asked := range map[uint8]bool{unix.AF_INET: families.IPv4, unix.AF_INET6: families.IPv6} {
-		if asked {
-			err = errors.Join(err, t.deleteEach(fam, func(f Flow) bool { return f.touches(which) }))
-		}
-	}
-	if err != nil {
+	if err := t.deleteEach(families.toRead(), func(f Flow) bool { return f.Touches(which) }); err != nil {
 		return fmt.Errorf("delete flows: %w", err)
 	}
 	return nil
@@ -118,18 +124,13 @@ func List(addrs ...netip.Addr) ([]Flow, error) {
 	}
 	defer t.Close()
 	wanted := map[netip.Addr]bool{}
-	asked := map[uint8]bool{}
+	var families Families
 	for _, a := range addrs {
-		wanted[a.Unmap()], asked[family(a.Unmap())] = true, true
+		wanted[a.Unmap()] = true
+		families.Add(a)
 	}
-	of := uint8(unix.AF_UNSPEC)
-	for fam := range asked {
-		if len(asked) == 1 {
-			of = fam
-		}
-	}
-	return t.dump(of, func(f Flow) bool {
-		return len(addrs) == 0 || f.touches(func(a netip.Addr) bool { return wanted[a] })
+	return t.dump(families.toRead(), func(f Flow) bool {
+		return len(addrs) == 0 || f.Touches(func(a netip.Addr) bool { return wanted[a] })
 	})
 }
 

@@ -210,7 +210,7 @@ func TestListGivesEachFlowOfItsAddressesOnceAndNoOther(t *testing.T) {
 		} {
 			want := map[Flow]bool{}
 			for _, f := range all {
-				if f.touches(func(end netip.Addr) bool {
+				if f.Touches(func(end netip.Addr) bool {
 					return slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Unmap() == end })
 				}) {
 					want[f] = true

@@ -30,8 +30,8 @@ func (f Flow) String() string {
 	return fmt.Sprintf("%d %v->%v, reply %v->%v, zone %d", f.Proto, f.Orig.Src, f.Orig.Dst, f.Reply.Src, f.Reply.Dst, f.Zone)
 }
 
-// touches reports whether an address at either end of either direction is a wanted one.
-func (f Flow) touches(wanted func(netip.Addr) bool) bool {
+// Touches reports whether an address at either end of either direction is a wanted one.
+func (f Flow) Touches(wanted func(netip.Addr) bool) bool {
 	return wanted(f.Orig.Src.Addr()) || wanted(f.Orig.Dst.Addr()) || wanted(f.Reply.Src.Addr()) || wanted(f.Reply.Dst.Addr())
 }
 

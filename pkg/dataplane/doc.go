@@ -7,7 +7,7 @@
 //  4. what leaves open sets is taken out, for the chains stand now that it is led to: already by those rules themselves, where
 //     they rewrite chains of the other direction, so that both ends of a packet are judged anew from the same moment;
 //  5. what joins open and peer sets is put in;
-//  6. the caller's judge ends the flows that are not allowed any more;
+//  6. the caller's judge ends the flows that are not allowed any more, or will soon;
 //  7. what joins ready sets is put in;
 //  8. chains, then sets, that nobody uses are removed. A pod that is not isolated any more is led to its former chain until it
 //     is in the open set, and only then out of the dispatch tree; there, too, ends what led around the open set in step 4.

@@ -65,10 +65,8 @@ const (
 	portPause = 300 * time.Millisecond
 	// portDelay keeps policyd out of the way of the plugin, whose own work on hostPort's rules is noticed too.
 	portDelay = 150 * time.Millisecond
-	// judgeAgain is how long after a change flows are judged a second time, for packets that were on their way.
-	judgeAgain = 100 * time.Millisecond
-	// sweepAfter is how long after a pod has gone its flows are ended, for packets that were on their way, and for others to go too.
-	sweepAfter = 250 * time.Millisecond
+	// judgePause is how long after flows were judged they are judged again, where nobody waits for it.
+	judgePause = 250 * time.Millisecond
 	// applyLimit is how long one pass may write.
 	applyLimit = 45 * time.Second
 	retryFirst = 100 * time.Millisecond
@@ -96,17 +94,18 @@ type Engine struct {
 	// are those that the kernel has as ready.
 	recorded       map[string]bool
 	ready, guarded map[pair]attachment.Key
-	// clean are the ranges of this node whose free addresses have no flows, stale the addresses that may have some nonetheless.
-	clean       map[netip.Prefix]bool
-	stale       map[netip.Addr]bool
-	suspects    suspects // to be judged when something was taken away
-	again, next suspects // to be judged a second time, and those after them
-	portsSeen   bool
-	compared    int         // comparisons so far
-	unwatched   atomic.Bool // the kernel's announcements are not heard
-	blind       bool        // sets could not be counted the last time
-	retry       time.Duration
-	reported    map[string]bool // problems that the log has already
+	// clean are the ranges of this node whose free addresses have no flows, but for those that are to be judged as gone.
+	clean map[netip.Prefix]bool
+	// suspects are to be judged if something is taken away, unjudged those from whom something was, judged those who have been
+	// judged once; judgedAt is when they were, zero if it failed.
+	suspects, unjudged, judged suspects
+	judgedAt                   time.Time
+	portsSeen                  bool
+	compared                   int         // comparisons so far
+	unwatched                  atomic.Bool // the kernel's announcements are not heard
+	blind                      bool        // sets could not be counted the last time
+	retry                      time.Duration
+	reported                   map[string]bool // problems that the log has already
 
 	mu      sync.Mutex
 	waiters []*waiter
@@ -128,10 +127,10 @@ func New(c Config) (*Engine, error) {
 	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true,
 		untouched: map[rule.Family]bool{rule.IPv4: true, rule.IPv6: true},
 		index:     policy.NewIndex(), placed: map[string]placed{}, records: map[attachment.Key]*attachment.Attachment{},
-		guarded: map[pair]attachment.Key{}, clean: map[netip.Prefix]bool{}, stale: map[netip.Addr]bool{},
-		reported: map[string]bool{}, pods: map[string]PodStatus{}}
+		guarded: map[pair]attachment.Key{}, clean: map[netip.Prefix]bool{}, suspects: newSuspects(),
+		unjudged: newSuspects(), judged: newSuspects(), reported: map[string]bool{}, pods: map[string]PodStatus{}}
 	// A predecessor may have ended before it has judged the flows that its last change took something away from.
-	e.suspects = suspects{due: true, all: true}
+	e.suspects.due, e.suspects.all = true, true
 	var err, err2 error
 	e.plane, err = dataplane.Open(c.Backend, dataplane.Policies)
 	e.ports, err2 = dataplane.Open(c.Backend, dataplane.HostPorts)
@@ -191,7 +190,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 	defer beat.Stop()
 	defer glance.Stop()
 	defer compare.Stop()
-	var again, sweep, retry <-chan time.Time
+	var judge, retry <-chan time.Time
 	found := damage{ports: true} // hostPort rules may be gone since policyd ended
 	looks, portLooks := pacer{pause: lookPause}, pacer{pause: portPause, delay: portDelay}
 	e.pulse()
@@ -199,6 +198,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		pass := false
 		select {
 		case <-ctx.Done():
+			_ = e.judge(true) // it has reported its error, and who is next judges all
 			return
 		case <-e.Source.Changes():
 			pass = true
@@ -229,13 +229,9 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			if found.ports, err = e.repairPorts(ctx); err != nil {
 				e.fail("hostports", "cannot repair hostPort rules", err)
 			}
-		case <-again:
-			again = nil
-			_ = e.judge(e.again) // it has reported its error
-			e.again, e.next = e.next, suspects{}
-		case <-sweep:
-			sweep = nil
-			e.sweep()
+		case <-judge:
+			judge = nil
+			pass = e.judge(false) != nil // the pass fails too, and is tried again
 		case <-retry:
 			retry, pass = nil, true
 		}
@@ -249,11 +245,8 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		if found.ports {
 			portLooks.ask()
 		}
-		if sweep == nil && len(e.stale) > 0 {
-			sweep = time.After(sweepAfter)
-		}
-		if again == nil && e.again.some() {
-			again = time.After(judgeAgain)
+		if judge == nil && !e.judgedAt.IsZero() && (e.unjudged.some() || e.judged.some()) {
+			judge = time.After(judgePause)
 		}
 	}
 }

@@ -132,6 +132,14 @@ func (s *scene) mustPass(t *testing.T) {
 	}
 }
 
+// owed are those who are still to be judged, once or twice.
+func (s *scene) owed() suspects {
+	owed := newSuspects()
+	owed.add(s.unjudged)
+	owed.add(s.judged)
+	return owed
+}
+
 func (s *scene) replace(np *networkingv1.NetworkPolicy) {
 	c := s.source.Snapshot()
 	c.Policies = []*networkingv1.NetworkPolicy{np}
@@ -248,7 +256,7 @@ func TestAPolicyThatIptablesRefusesStopsNoOtherPod(t *testing.T) {
 func TestWhatIsPutRightAfterAFailureHasAllFlowsJudged(t *testing.T) {
 	eachScene(t, func(t *testing.T, s *scene) {
 		s.mustPass(t)
-		s.again, s.next = suspects{}, suspects{}
+		s.judged = newSuspects()
 		backend := string(s.Backend)
 		s.ns.Run(t, "iptables-"+backend, "-t", "mangle", "-F") // and a pass comes before anybody looks, and fails
 		s.fail = func(step string) error {
@@ -263,8 +271,8 @@ func TestWhatIsPutRightAfterAFailureHasAllFlowsJudged(t *testing.T) {
 		}
 		s.fail = nil
 		s.mustPass(t)
-		if !s.again.all {
-			t.Errorf("judged were %+v alone", s.again)
+		if !s.judged.all {
+			t.Errorf("judged were %+v alone", s.judged)
 		}
 	})
 }
@@ -275,7 +283,7 @@ func TestARestoreThatWasDoneAndIsSaidToHaveFailedIsJudged(t *testing.T) {
 		if rm `+flag+` 2>/dev/null; then exit 4; fi`)
 	newScene(t, "nft", func(t *testing.T, s *scene) {
 		s.mustPass(t)
-		s.again, s.next = suspects{}, suspects{}
+		s.judged = newSuspects()
 		s.replace(admits(1, ""))
 		if err := os.WriteFile(flag, nil, 0o600); err != nil {
 			t.Fatal(err)
@@ -284,8 +292,92 @@ func TestARestoreThatWasDoneAndIsSaidToHaveFailedIsJudged(t *testing.T) {
 			t.Fatal("the pass has not failed")
 		}
 		s.mustPass(t)
-		if !s.again.all && !s.again.addresses[recordOf(podNumber(1), 1).Addresses[0]] {
-			t.Errorf("judged were %+v, not the pod that was closed", s.again)
+		if owed := s.owed(); !owed.all && !owed.addresses[recordOf(podNumber(1), 1).Addresses[0]] {
+			t.Errorf("to be judged are %+v, not the pod that was closed", owed)
+		}
+	})
+}
+
+// readings has the readings of the conntrack table counted, and fail with an error while one is set.
+func (s *scene) readings() (n *int, broken *error) {
+	n, broken = new(int), new(error)
+	s.fail = func(step string) error {
+		if step != "flows" {
+			return nil
+		}
+		*n++
+		return *broken
+	}
+	return n, broken
+}
+
+func TestChangesAfterAnotherAreJudgedTogether(t *testing.T) {
+	newScene(t, "nft", func(t *testing.T, s *scene) {
+		n, _ := s.readings()
+		read := func(want int, when string) {
+			t.Helper()
+			if *n != want {
+				t.Fatalf("%s: the table was read %d times, want %d", when, *n, want)
+			}
+		}
+		long := func() { s.judgedAt = time.Now().Add(-judgePause) } // the pause is over
+		s.mustPass(t)
+		read(1, "the start")
+		long()
+		s.replace(admits(1, ""))
+		s.mustPass(t)
+		read(2, "a change after a quiet time")
+		for _, protocol := range []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP} {
+			s.replace(admits(1, protocol))
+			s.mustPass(t)
+		}
+		if err := s.judge(false); err != nil || !s.unjudged.some() || !s.judged.some() {
+			t.Errorf("within the pause: %v, %+v", err, s.owed())
+		}
+		read(2, "changes soon after")
+		long()
+		if err := s.judge(false); err != nil || s.unjudged.some() || !s.judged.some() {
+			t.Errorf("after the pause: %v, never judged %+v, once %+v", err, s.unjudged, s.judged)
+		}
+		read(3, "after the pause")
+		s.mustPass(t)
+		read(3, "a pass without a change")
+		long()
+		if err := s.judge(false); err != nil || s.owed().some() {
+			t.Errorf("after two readings: %v, %+v", err, s.owed())
+		}
+		read(4, "after another pause")
+		if err := s.judge(true); err != nil {
+			t.Error(err)
+		}
+		read(4, "with nobody to judge")
+	})
+}
+
+func TestWhoWaitsForWhatIsInForceWaitsForFlowsToBeJudged(t *testing.T) {
+	newScene(t, "nft", func(t *testing.T, s *scene) {
+		n, broken := s.readings()
+		s.mustPass(t)
+		s.replace(admits(1, ""))
+		s.mustPass(t)
+		if *n != 1 || !s.unjudged.some() {
+			t.Fatalf("soon after the start the table was read %d times, and to be judged are %+v", *n, s.unjudged)
+		}
+		w := &waiter{done: make(chan struct{})}
+		s.waiters = append(s.waiters, w)
+		*broken = errors.New("broken on purpose")
+		if err := s.pass(context.Background()); err == nil || w.reason == "" {
+			t.Errorf("with flows that cannot be read: %v, who waits was told %q", err, w.reason)
+		}
+		*broken = nil
+		s.mustPass(t) // at once: who failed does not pause
+		select {
+		case <-w.done:
+		default:
+			t.Errorf("still waits: %s", w.reason)
+		}
+		if *n != 3 || s.unjudged.some() || !s.judged.some() {
+			t.Errorf("the table was read %d times, never judged are %+v, once %+v", *n, s.unjudged, s.judged)
 		}
 	})
 }

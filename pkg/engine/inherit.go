@@ -12,8 +12,8 @@ import (
 // A pod inherits nothing from the former owner of its address, so before an address becomes ready its flows are ended. To find
 // them takes a reading of the whole table, milliseconds even of an empty one, which nobody should wait for in an ADD. But from or
 // to an address of this node's ranges that nobody has, no flow can begin: the rules drop its first packet. So once the flows of a
-// range have been ended (clean), there are only those of addresses whose pods have gone since (stale), and these are ended soon
-// after (sweep), as those of all pods that go. When the rules were not in force for a while, all ranges are looked at again.
+// range have been ended (clean), there are only those of addresses whose pods have gone since, and these are ended soon after, as
+// those of all pods that go (judge). When the rules were not in force for a while, all ranges are looked at again.
 
 // parted notes the addresses that are not ready any more, and forgets ranges that are not the node's any more. Flows of addresses
 // that nobody else can have need no judge: nothing of them passes from now on.
@@ -27,7 +27,7 @@ func (e *Engine) parted() {
 			keeps = e.keeps()
 		}
 		if !keeps[p.address] {
-			e.stale[p.address], e.plane.Idle[p.address] = true, e.inClean(p.address)
+			e.unjudged.gone[p.address], e.plane.Idle[p.address] = true, e.inClean(p.address)
 		}
 	}
 	maps.DeleteFunc(e.clean, func(p netip.Prefix, _ bool) bool { return !slices.Contains(e.index.Ranges(), p) })
@@ -65,7 +65,7 @@ func (e *Engine) inheritNothing(fresh []pair) error {
 		case !e.plane.Known(f): // of a family that could not be read, nobody becomes ready
 		case e.untouched[f] && e.plane.Holds(f, rule.ReadySet(f), p.entry()):
 			taken[p.address] = true
-		case e.stale[p.address] || !e.inClean(p.address):
+		case e.unjudged.gone[p.address] || e.judged.gone[p.address] || !e.inClean(p.address):
 			doomed[p.address] = true
 			families.Add(p.address)
 		}
@@ -88,23 +88,11 @@ func (e *Engine) inheritNothing(fresh []pair) error {
 		return err
 	}
 	for a := range doomed {
-		delete(e.stale, a)
+		delete(e.unjudged.gone, a)
+		delete(e.judged.gone, a)
 	}
 	for _, p := range ranges {
 		e.clean[p] = true
 	}
 	return nil
-}
-
-// sweep ends the flows of addresses whose pods have gone.
-func (e *Engine) sweep() {
-	var addrs []netip.Addr
-	for a := range e.stale {
-		addrs = append(addrs, a)
-	}
-	if err := conntrack.DeleteAddresses(addrs...); err != nil {
-		e.fail("conntrack", "cannot end the flows of pods that have gone; trying again", err)
-		return
-	}
-	clear(e.stale)
 }

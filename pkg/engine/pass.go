@@ -20,13 +20,14 @@ import (
 // pass brings the kernel to what objects and records say now, and answers those who wait for it.
 func (e *Engine) pass(ctx context.Context) error {
 	waiting := e.waitingNow()
+	forAll := slices.ContainsFunc(waiting, func(w *waiter) bool { return w.a == nil })
 	if !e.Source.Synced() {
 		return nil
 	}
 	e.Metrics.Synced.Set(1)
 	begin := time.Now()
 	var broken []error
-	if e.relist || slices.ContainsFunc(waiting, func(w *waiter) bool { return w.a == nil }) {
+	if e.relist || forAll {
 		if broken = e.readRecords(); e.relist && !e.started() {
 			err := errors.Join(broken...)
 			e.fail("records", "who is attached is not known; what is in the kernel stays as it is", err)
@@ -39,7 +40,7 @@ func (e *Engine) pass(ctx context.Context) error {
 		}
 	}
 	delta := e.learn(e.Source.Take())
-	result, err := e.apply(ctx)
+	result, err := e.apply(ctx, forAll)
 	e.account(delta, begin, result, err, broken)
 	e.answer(waiting, err)
 	return errors.Join(append(result.Refused, err)...)
@@ -144,8 +145,8 @@ func match(known func(key string) *object.Pod, a *attachment.Attachment) (*objec
 		"of that name", name, p.UID, a.Pod.UID)
 }
 
-// apply writes into the kernel what is wanted and not there.
-func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
+// apply writes into the kernel what is wanted and not there. Now says that somebody waits until flows are judged, too.
+func (e *Engine) apply(ctx context.Context, now bool) (dataplane.Result, error) {
 	e.plane.Idle = map[netip.Addr]bool{}
 	e.parted()
 	var fresh []pair
@@ -167,14 +168,8 @@ func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), applyLimit)
 	defer cancel()
 	result, err := e.plane.Apply(ctx, func(so dataplane.Result) error {
-		e.suspects.due = e.suspects.due || so.Tightened
-		// What is put right after a failure may have been open to anybody, by us or by somebody else.
-		if so.Tightened && so.Reread {
-			e.suspects.all = true
-			clear(e.clean)
-		}
-		if e.suspects.due && e.judge(e.suspects) != nil {
-			return errors.New("live flows could not be judged")
+		if err := e.tightened(so, now); err != nil {
+			return err
 		}
 		return e.inheritNothing(fresh)
 	})
@@ -188,7 +183,7 @@ func (e *Engine) apply(ctx context.Context) (dataplane.Result, error) {
 		e.untouched[f] = e.untouched[f] && !e.plane.Known(f)
 	}
 	if err == nil {
-		e.judgedOnce()
+		e.suspects = newSuspects()
 	}
 	return result, err
 }

@@ -40,6 +40,9 @@ func (w *work) untilRules() error {
 		}
 		w.result.Reread = true
 	}
+	if w.f.todo.empty() {
+		return nil
+	}
 	if err := w.standIn(); err != nil {
 		return err
 	}
@@ -58,6 +61,9 @@ func (w *work) untilRules() error {
 
 // fromReady lets pods become ready and clears away what nobody uses.
 func (w *work) fromReady() error {
+	if w.f.todo.empty() {
+		return nil
+	}
 	if err := w.eachSet(w.join, rule.Ready); err != nil {
 		return err
 	}

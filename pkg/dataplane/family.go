@@ -60,6 +60,21 @@ func newTodo() *todo {
 		sets: map[string]bool{}, entries: map[string]map[rule.Entry]bool{}}
 }
 
+// empty reports that there is nothing to do, as far as can be told at once.
+func (t *todo) empty() bool {
+	for _, chains := range t.chains {
+		if len(chains) > 0 {
+			return false
+		}
+	}
+	for _, entries := range t.entries {
+		if len(entries) > 0 {
+			return false
+		}
+	}
+	return len(t.hooks)+len(t.sets) == 0
+}
+
 func (t *todo) chain(table rule.Table, name string, do deed) {
 	if t.chains[table] == nil {
 		t.chains[table] = map[string]deed{}

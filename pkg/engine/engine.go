@@ -65,8 +65,11 @@ const (
 	portPause = 300 * time.Millisecond
 	// portDelay keeps policyd out of the way of the plugin, whose own work on hostPort's rules is noticed too.
 	portDelay = 150 * time.Millisecond
+	// passPause is how long after a pass a change in the cluster waits, for others to come: where pods elsewhere come and go all the
+	// time, a pass and what wakes up for it costs more than the change. Records and the plugin wait for nothing.
+	passPause = 25 * time.Millisecond
 	// judgePause is how long after flows were judged they are judged again, where nobody waits for it.
-	judgePause = 250 * time.Millisecond
+	judgePause = 500 * time.Millisecond
 	// applyLimit is how long one pass may write.
 	applyLimit = 45 * time.Second
 	retryFirst = 100 * time.Millisecond
@@ -91,9 +94,10 @@ type Engine struct {
 	// untouched are the families in which nothing has been applied yet: what the kernel holds there is a predecessor's.
 	untouched map[rule.Family]bool
 	// recorded are the pods that records name, ready the addresses that are to be ready, both as locals last saw them; guarded
-	// are those that the kernel has as ready.
+	// are those that the kernel has as ready; settled says that they are the same.
 	recorded       map[string]bool
 	ready, guarded map[pair]attachment.Key
+	settled        bool
 	// clean are the ranges of this node whose free addresses have no flows, but for those that are to be judged as gone.
 	clean map[netip.Prefix]bool
 	// suspects are to be judged if something is taken away, unjudged those from whom something was, judged those who have been
@@ -191,6 +195,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 	defer glance.Stop()
 	defer compare.Stop()
 	var judge, retry <-chan time.Time
+	changes := pacer{pause: passPause}
 	found := damage{ports: true} // hostPort rules may be gone since policyd ended
 	looks, portLooks := pacer{pause: lookPause}, pacer{pause: portPause, delay: portDelay}
 	e.pulse()
@@ -201,6 +206,10 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			_ = e.judge(true) // it has reported its error, and who is next judges all
 			return
 		case <-e.Source.Changes():
+			if pass = changes.rested(); !pass {
+				changes.ask()
+			}
+		case <-changes.due:
 			pass = true
 		case <-e.wake:
 			pass = true
@@ -238,6 +247,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		e.drain(records)
 		if pass || e.moved || e.relist && e.started() {
 			retry = e.backoff(e.pass(ctx))
+			changes.done()
 		}
 		if found.everything || found.allLinks || len(found.parts)+len(found.links) > 0 {
 			looks.ask()
@@ -260,6 +270,8 @@ type pacer struct {
 	last         time.Time
 	due          <-chan time.Time // nil: nobody has asked
 }
+
+func (p *pacer) rested() bool { return time.Since(p.last) >= p.pause }
 
 func (p *pacer) ask() {
 	if p.due == nil {

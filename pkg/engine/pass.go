@@ -102,7 +102,7 @@ const firstInterface = "eth0"
 
 // locals lists the pod interfaces of this node: those attached, and those that the scheduler has placed here.
 func (e *Engine) locals(known func(key string) *object.Pod) []policy.Local {
-	e.recorded, e.ready = map[string]bool{}, map[pair]attachment.Key{}
+	e.recorded, e.ready, e.settled = map[string]bool{}, map[pair]attachment.Key{}, false
 	var list []policy.Local
 	taken := map[string]bool{}
 	for _, a := range e.attached() {
@@ -148,21 +148,10 @@ func match(known func(key string) *object.Pod, a *attachment.Attachment) (*objec
 // apply writes into the kernel what is wanted and not there. Now says that somebody waits until flows are judged, too.
 func (e *Engine) apply(ctx context.Context, now bool) (dataplane.Result, error) {
 	e.plane.Idle = map[netip.Addr]bool{}
-	e.parted()
 	var fresh []pair
-	for p, key := range e.ready {
-		if e.guarded[p] == key {
-			continue
-		}
-		fresh = append(fresh, p)
-		e.plane.Idle[p.address] = true
-		// The plugin takes a pod out of these by itself, so what was written for a former sandbox may be gone.
-		f, entry := rule.FamilyOf(p.address), p.entry()
-		for _, set := range []string{rule.ReadySet(f), rule.OpenSet(f, rule.Ingress), rule.OpenSet(f, rule.Egress)} {
-			if !e.untouched[f] {
-				e.plane.Doubt(f, set, entry)
-			}
-		}
+	if !e.settled {
+		e.parted()
+		fresh = e.fresh()
 	}
 	// What has begun is brought to its end, also when policyd is told to stop.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), applyLimit)
@@ -173,11 +162,14 @@ func (e *Engine) apply(ctx context.Context, now bool) (dataplane.Result, error) 
 		}
 		return e.inheritNothing(fresh)
 	})
-	maps.DeleteFunc(e.guarded, func(p pair, key attachment.Key) bool { return e.ready[p] != key })
-	for _, p := range fresh {
-		if f := rule.FamilyOf(p.address); e.plane.Holds(f, rule.ReadySet(f), p.entry()) {
-			e.guarded[p] = e.ready[p]
+	if !e.settled {
+		maps.DeleteFunc(e.guarded, func(p pair, key attachment.Key) bool { return e.ready[p] != key })
+		for _, p := range fresh {
+			if f := rule.FamilyOf(p.address); e.plane.Holds(f, rule.ReadySet(f), p.entry()) {
+				e.guarded[p] = e.ready[p]
+			}
 		}
+		e.settled = maps.Equal(e.guarded, e.ready)
 	}
 	for _, f := range rule.Families {
 		e.untouched[f] = e.untouched[f] && !e.plane.Known(f)
@@ -186,6 +178,25 @@ func (e *Engine) apply(ctx context.Context, now bool) (dataplane.Result, error) 
 		e.suspects = newSuspects()
 	}
 	return result, err
+}
+
+// fresh are those who are to become ready. They have no flows to lose, and whatever is known of their entries, they are written:
+// the plugin takes a pod out of these sets by itself, so what was written for a former sandbox may be gone.
+func (e *Engine) fresh() (fresh []pair) {
+	for p, key := range e.ready {
+		if e.guarded[p] == key {
+			continue
+		}
+		fresh = append(fresh, p)
+		e.plane.Idle[p.address] = true
+		f, entry := rule.FamilyOf(p.address), p.entry()
+		for _, set := range []string{rule.ReadySet(f), rule.OpenSet(f, rule.Ingress), rule.OpenSet(f, rule.Egress)} {
+			if !e.untouched[f] {
+				e.plane.Doubt(f, set, entry)
+			}
+		}
+	}
+	return fresh
 }
 
 func (p pair) entry() rule.Entry {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/netip"
 	"slices"
@@ -70,7 +71,9 @@ func (e *Engine) account(d policy.Delta, begin time.Time, r dataplane.Result, fa
 	for _, err := range slices.Concat(broken, r.Refused) {
 		problems = append(problems, err.Error())
 	}
-	e.Metrics.Failures.WithLabelValues("restore").Add(float64(len(r.Refused)))
+	if len(r.Refused) > 0 {
+		e.Metrics.Failures.WithLabelValues("restore").Add(float64(len(r.Refused)))
+	}
 	unusable := e.index.Problems()
 	e.mu.Lock()
 	for _, i := range d.Interfaces {
@@ -110,7 +113,11 @@ func (e *Engine) account(d policy.Delta, begin time.Time, r dataplane.Result, fa
 		e.fail(kindOf(failed), "the kernel is not up to date; trying again", failed)
 	case r.Wrote():
 		m.Applied.Observe(now.Sub(begin).Seconds())
-		e.Log.Info("applied", "took", now.Sub(begin).Round(10*time.Microsecond), "restores", r.Restores, "chains", r.Chains,
+		level := slog.LevelInfo
+		if r.Restores == 0 {
+			level = slog.LevelDebug // pods elsewhere come and go all the time
+		}
+		e.Log.Log(context.Background(), level, "applied", "took", now.Sub(begin).Round(10*time.Microsecond), "restores", r.Restores, "chains", r.Chains,
 			"setMessages", r.SetMessages)
 	}
 }

@@ -22,6 +22,7 @@ type Index struct {
 	namespaces map[string]*namespace
 	local      map[string]*Guarded // by interface
 	ranges     []netip.Prefix      // sorted
+	served     map[bool]bool       // the answers of Serves
 	policies   int
 	problems   map[string]Problem // by policy
 	// claims are who says that an address is his.
@@ -145,7 +146,7 @@ func (x *Index) Ranges() []netip.Prefix { return x.ranges }
 
 // Serves reports whether an interface of this node has an address of a family, or can be given one: what the pods of a node
 // without IPv6 may do over IPv6 need not be worked out, for none of them is ready there.
-func (x *Index) Serves(v4 bool) bool { return serves(maps.Values(x.local), x.ranges, v4) }
+func (x *Index) Serves(v4 bool) bool { return x.served[v4] }
 
 func serves(pods iter.Seq[*Guarded], ranges []netip.Prefix, v4 bool) bool {
 	for g := range pods {
@@ -194,7 +195,7 @@ func (x *Index) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint
 // Update takes in what has changed and returns what follows from it.
 func (x *Index) Update(c Changes) Delta {
 	u := &update{Index: x, delta: Delta{Groups: map[*Group]*GroupChange{}, Blocks: map[*Blocks]bool{},
-		served: map[bool]bool{true: x.Serves(true), false: x.Serves(false)}},
+		served: x.served},
 		touched: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{}, reclaim: map[*pod]bool{}}
 	for name, ns := range c.Namespaces {
 		u.namespace(name, ns)
@@ -205,6 +206,10 @@ func (x *Index) Update(c Changes) Delta {
 	if c.NewLocals {
 		u.locals(c.Locals)
 		u.rangesAre(c.Ranges)
+		x.served = map[bool]bool{}
+		for _, v4 := range []bool{true, false} {
+			x.served[v4] = serves(maps.Values(x.local), x.ranges, v4)
+		}
 	}
 	for p := range u.reclaim {
 		u.claimByStatus(p)

@@ -34,6 +34,50 @@ func (g *Group) anchors() []anchor {
 	return list
 }
 
+// keys are the labels that selectors of the group ask for.
+func (g *Group) keys() (keys []string) {
+	for _, s := range g.selectors {
+		requirements, _ := s.pods.Requirements()
+		for _, r := range requirements {
+			keys = append(keys, r.Key())
+		}
+	}
+	slices.Sort(keys)
+	return slices.Compact(keys)
+}
+
+// hang puts a group where those are found that a pod leads to, and those that ask for a label.
+func (x *Index) hang(g *Group) {
+	for _, a := range g.anchors() {
+		include(x.anchors, a, g)
+	}
+	for _, key := range g.keys() {
+		include(x.asking, key, g)
+	}
+}
+
+func (x *Index) unhang(g *Group) {
+	for _, a := range g.anchors() {
+		exclude(x.anchors, a, g)
+	}
+	for _, key := range g.keys() {
+		exclude(x.asking, key, g)
+	}
+}
+
+func include[K comparable](in map[K]map[*Group]bool, key K, g *Group) {
+	if in[key] == nil {
+		in[key] = map[*Group]bool{}
+	}
+	in[key][g] = true
+}
+
+func exclude[K comparable](in map[K]map[*Group]bool, key K, g *Group) {
+	if delete(in[key], g); len(in[key]) == 0 {
+		delete(in, key)
+	}
+}
+
 // candidates calls each for the groups that a pod can be in; for some more than once.
 func (x *Index) candidates(p *pod, each func(*Group)) {
 	visit := func(a anchor) {
@@ -219,12 +263,7 @@ func (u *update) group(list *peerList, port namedPort) *Group {
 			g.selectors = list.selectors
 		}
 		u.groups[key] = g
-		for _, a := range g.anchors() {
-			if u.anchors[a] == nil {
-				u.anchors[a] = map[*Group]bool{}
-			}
-			u.anchors[a][g] = true
-		}
+		u.hang(g)
 		u.change(g).Created = true // its members come when all is known
 	}
 	g.refs++
@@ -258,12 +297,7 @@ func (u *update) dropGroup(g *Group) {
 		return
 	}
 	delete(u.groups, g.Key)
-	for _, a := range g.anchors() {
-		delete(u.anchors[a], g)
-		if len(u.anchors[a]) == 0 {
-			delete(u.anchors, a)
-		}
-	}
+	u.unhang(g)
 	if c := u.change(g); c.Created {
 		delete(u.delta.Groups, g) // nobody has seen it
 	} else {

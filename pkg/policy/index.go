@@ -31,6 +31,7 @@ type Index struct {
 	// What the policies share that select a local pod.
 	groups  map[string]*Group
 	anchors map[anchor]map[*Group]bool
+	asking  map[string]map[*Group]bool // by a key of labels that their selectors ask for
 	blocks  map[string]*Blocks
 }
 
@@ -111,7 +112,8 @@ type GroupChange struct {
 func NewIndex() *Index {
 	return &Index{
 		pods: map[string]*pod{}, namespaces: map[string]*namespace{}, local: map[string]*Guarded{}, problems: map[string]Problem{},
-		claims: map[netip.Addr][]claim{}, groups: map[string]*Group{}, anchors: map[anchor]map[*Group]bool{}, blocks: map[string]*Blocks{},
+		claims: map[netip.Addr][]claim{}, groups: map[string]*Group{}, anchors: map[anchor]map[*Group]bool{},
+		asking: map[string]map[*Group]bool{}, blocks: map[string]*Blocks{},
 	}
 }
 
@@ -196,7 +198,7 @@ func (x *Index) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint
 func (x *Index) Update(c Changes) Delta {
 	u := &update{Index: x, delta: Delta{Groups: map[*Group]*GroupChange{}, Blocks: map[*Blocks]bool{},
 		served: x.served},
-		touched: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{}, reclaim: map[*pod]bool{}}
+		touched: map[netip.Addr]map[*Group]bool{}, asked: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{}, reclaim: map[*pod]bool{}}
 	for name, ns := range c.Namespaces {
 		u.namespace(name, ns)
 	}
@@ -279,9 +281,10 @@ type update struct {
 	*Index
 	delta   Delta
 	touched map[netip.Addr]map[*Group]bool
-	reclaim map[*pod]bool       // whose claims by status may be others
-	before  map[string]*Guarded // the interfaces to be worked out again, as they were; nil for a new one
-	idle    []*policy           // that may have lost their last use
+	asked   map[netip.Addr]map[*Group]bool // groups to decide for, of addresses whose owners stay and have other labels
+	reclaim map[*pod]bool                  // whose claims by status may be others
+	before  map[string]*Guarded            // the interfaces to be worked out again, as they were; nil for a new one
+	idle    []*policy                      // that may have lost their last use
 }
 
 func (u *update) touch(a netip.Addr) {
@@ -320,6 +323,10 @@ func (u *update) namespace(name string, ns *object.Namespace) {
 
 func (u *update) pod(key string, now *object.Pod) {
 	is := u.pods[key]
+	if is != nil && now != nil && len(is.links) == 0 && samePeer(is.Pod, now) {
+		u.relabel(is, now)
+		return
+	}
 	if is != nil {
 		u.addressesOf(is, u.touch)
 		for _, link := range is.links {
@@ -338,6 +345,39 @@ func (u *update) pod(key string, now *object.Pod) {
 		is.Pod = now
 		u.reclaim[is] = true
 	}
+}
+
+// samePeer reports whether two versions of a pod are the same to all groups but for their labels.
+func samePeer(a, b *object.Pod) bool {
+	return a.HostNetwork == b.HostNetwork && a.Ended == b.Ended && slices.Equal(a.IPs, b.IPs) && slices.Equal(a.Ports, b.Ports)
+}
+
+// relabel gives a pod elsewhere other labels. Only groups that ask for one of those that differ can have other members.
+func (u *update) relabel(is *pod, now *object.Pod) {
+	for _, key := range differing(is.Labels, now.Labels) {
+		for _, a := range is.addresses {
+			if u.asked[a] == nil {
+				u.asked[a] = map[*Group]bool{}
+			}
+			maps.Copy(u.asked[a], u.asking[key])
+		}
+	}
+	is.Pod = now
+}
+
+// differing are the keys of labels whose values differ.
+func differing(a, b object.Labels) (keys []string) {
+	for key, value := range a.All() {
+		if now, has := b.Lookup(key); !has || now != value {
+			keys = append(keys, key)
+		}
+	}
+	for key := range b.All() {
+		if !a.Has(key) {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }
 
 // gone takes a pod away. Interfaces that are still here are those of somebody unknown, until the caller says otherwise.
@@ -461,16 +501,20 @@ func (u *update) claimByStatus(p *pod) {
 	p.addresses = now
 }
 
-// regroup decides for every touched address which groups it is a member of.
+// regroup decides for every touched address which groups it is a member of, and for others about the groups that they are asked by.
 func (u *update) regroup() {
-	for a, groups := range u.touched {
+	for a := range u.touched {
 		u.leadTo(a)
-		if len(groups) == 0 {
-			continue
-		}
-		owners := u.owners(a)
-		for g := range groups {
-			u.decide(g, a, owners)
+	}
+	for _, by := range []map[netip.Addr]map[*Group]bool{u.touched, u.asked} {
+		for a, groups := range by {
+			if len(groups) == 0 {
+				continue
+			}
+			owners := u.owners(a)
+			for g := range groups {
+				u.decide(g, a, owners)
+			}
 		}
 	}
 	for _, c := range u.delta.Groups {

@@ -35,7 +35,7 @@ func newWork(ctx context.Context, p *Plane, f *family, r *Result) *work {
 // untilRules does everything up to the rules and what joins open and peer sets.
 func (w *work) untilRules() error {
 	if !w.f.read {
-		if _, err := w.plane.readFamily(w.ctx, w.f, nil); err != nil {
+		if _, err := w.plane.readFamily(w.ctx, w.f, nil, w.plane.list); err != nil {
 			return err
 		}
 		w.result.Reread = true

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/postern-cni/postern/pkg/ipset"
 	"github.com/postern-cni/postern/pkg/iptables"
@@ -196,10 +197,14 @@ func (p *Plane) Refresh(ctx context.Context, parts ...Part) (found []Difference,
 		return nil, err
 	}
 	var errs []error
+	list := sync.OnceValues(p.list) // both families' at once
 	for _, v := range rule.Families {
 		f := p.family[v]
+		if len(parts) > 0 && !slices.ContainsFunc(parts, func(part Part) bool { return part.Family == v }) {
+			continue
+		}
 		known := f.read
-		differences, err := p.readFamily(ctx, f, parts)
+		differences, err := p.readFamily(ctx, f, parts, list)
 		if err != nil {
 			errs = append(errs, err)
 		} else if known {
@@ -210,8 +215,10 @@ func (p *Plane) Refresh(ctx context.Context, parts ...Part) (found []Difference,
 	return found, errors.Join(errs...)
 }
 
-// readFamily finds out what the kernel does not hold as wanted, in some parts if the others are known.
-func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part) (found []Difference, err error) {
+func (p *Plane) list() ([]rule.Set, error) { return p.sets.List(p.scope.SetPrefix) }
+
+// readFamily finds out what the kernel does not hold as wanted, in some parts if the others are known. List returns the sets.
+func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part, list func() ([]rule.Set, error)) (found []Difference, err error) {
 	known, all := f.todo, !f.read || len(parts) == 0
 	asked := func(t rule.Table) bool { return all || slices.Contains(parts, Part{f.tables.Family, t}) }
 	f.read, f.todo = false, newTodo()
@@ -232,11 +239,11 @@ func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part) (found 
 	switch {
 	case p.scope.SetPrefix == "":
 	case asked(""):
-		list, err := p.sets.List(p.scope.SetPrefix)
+		sets, err := list()
 		if err != nil {
 			return nil, err
 		}
-		found = append(found, f.compareSets(list, known)...)
+		found = append(found, f.compareSets(sets, known)...)
 	default:
 		f.todo.sets, f.todo.entries = known.sets, known.entries
 	}
@@ -245,8 +252,8 @@ func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part) (found 
 }
 
 // Glance compares the numbers of entries of the sets with those that are wanted, and returns the parts in which they differ. An
-// entry in the place of another does not show. Without peers, only the few sets are looked at that say who is here: it costs the
-// same however large the cluster is.
+// entry in the place of another does not show. Without peers, only the few sets are looked at that say who is here, and of those
+// only such as have somebody to lose: it costs the same however large the cluster is.
 func (p *Plane) Glance(peers bool) (differ []Part, err error) {
 	if err := p.open(); err != nil {
 		return nil, err
@@ -258,7 +265,7 @@ func (p *Plane) Glance(peers bool) (differ []Part, err error) {
 	for _, v := range rule.Families {
 		f := p.family[v]
 		for name, s := range f.sets {
-			if s.Role == rule.Peers && !peers {
+			if !peers && !s.saysWhoIsHere() {
 				continue
 			}
 			n, there := counts[name]
@@ -278,7 +285,7 @@ func (p *Plane) counts(peers bool) (map[string]int, error) {
 	counts := map[string]int{}
 	for _, f := range p.family {
 		for name, s := range f.sets {
-			if s.Role == rule.Peers {
+			if !s.saysWhoIsHere() {
 				continue
 			}
 			n, err := p.sets.Count(name)
@@ -367,7 +374,7 @@ func WriteRules(ctx context.Context, t *iptables.Tables, scope Scope, want *rule
 	p := &Plane{scope: scope}
 	w := newWork(ctx, p, newFamily(t), &Result{})
 	w.f.replace(want)
-	if _, err := p.readFamily(ctx, w.f, nil); err != nil {
+	if _, err := p.readFamily(ctx, w.f, nil, p.list); err != nil {
 		return err
 	}
 	if err := w.writeRules(); err != nil {

@@ -30,6 +30,9 @@ type set struct {
 	has entries
 }
 
+// saysWhoIsHere reports whether a set has any of this node's pods.
+func (s *set) saysWhoIsHere() bool { return s.Role != rule.Peers && s.has.len() > 0 }
+
 // due are all entries, as something to do.
 func (s *set) due() map[rule.Entry]bool {
 	due := make(map[rule.Entry]bool, s.has.len())

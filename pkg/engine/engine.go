@@ -59,7 +59,7 @@ const (
 	heartbeat    = 2 * time.Second
 	collectEvery = 30 * time.Second
 	// glanceEvery is how often the entries of the sets are counted that say who is here.
-	glanceEvery = 500 * time.Millisecond
+	glanceEvery = time.Second
 	// lookPause and portPause are how long after a look for damage the next one is, at least.
 	lookPause = 100 * time.Millisecond
 	portPause = 300 * time.Millisecond
@@ -229,9 +229,11 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		case <-compare.C:
 			e.compare(&found)
 		case <-looks.due:
-			looks.done()
-			e.repair(ctx, found)
-			found, pass = damage{ports: found.ports}, true
+			e.repair(ctx, &found)
+			pass = true
+			if looks.done(); found.some() {
+				looks.due = time.After(0) // the rest, after what has happened meanwhile
+			}
 		case <-portLooks.due:
 			portLooks.done()
 			var err error
@@ -249,7 +251,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			retry = e.backoff(e.pass(ctx))
 			changes.done()
 		}
-		if found.everything || found.allLinks || len(found.parts)+len(found.links) > 0 {
+		if found.some() {
 			looks.ask()
 		}
 		if found.ports {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -22,12 +21,15 @@ import (
 
 // damage is where somebody else may have changed our part of the kernel.
 type damage struct {
-	everything bool
-	allLinks   bool
-	parts      map[dataplane.Part]bool
-	links      map[string]bool
-	ports      bool
+	allLinks bool
+	links    map[string]bool
+	parts    map[dataplane.Part]bool
+	counts   bool // of the entries of all sets
+	ports    bool
 }
+
+// some reports whether there is anything to look at, but for hostPorts.
+func (d *damage) some() bool { return d.allLinks || d.counts || len(d.links)+len(d.parts) > 0 }
 
 // watchers notice what others change, as far as the kernel tells.
 type watchers struct {
@@ -79,20 +81,31 @@ func (e *Engine) compare(d *damage) {
 	e.compared++
 	announced := e.Backend == iptables.NFT && !e.unwatched.Load()
 	if !announced || e.RepairInterval < time.Minute || e.compared%thorough == 0 {
-		d.everything = true
+		e.relist = true
+		for _, f := range rule.Families {
+			for _, table := range dataplane.Policies.Tables {
+				d.part(dataplane.Part{Family: f, Table: table})
+			}
+			d.part(dataplane.Part{Family: f})
+		}
 	}
-	d.allLinks, d.ports = true, true
+	d.allLinks, d.counts, d.ports = true, true, true
 }
 
-// tables notes the tables in which others were at work.
-func (d *damage) tables(notices []iptables.Notice) {
+func (d *damage) part(p dataplane.Part) {
 	if d.parts == nil {
 		d.parts = map[dataplane.Part]bool{}
 	}
+	d.parts[p] = true
+}
+
+// tables notes the tables in which others were at work. Who flushes tables may have gone on to the sets.
+func (d *damage) tables(notices []iptables.Notice) {
 	for _, n := range notices {
-		d.parts[dataplane.Part{Family: n.Family, Table: n.Table}] = true
+		d.part(dataplane.Part{Family: n.Family, Table: n.Table})
 		d.ports = d.ports || slices.Contains(dataplane.HostPorts.Tables, n.Table)
 	}
+	d.counts = true
 }
 
 func (d *damage) linksOf(names []string) {
@@ -116,37 +129,56 @@ func (e *Engine) glance(d *damage, peers bool) {
 	}
 	e.blind = err != nil
 	for _, p := range parts {
-		d.tables([]iptables.Notice{{Family: p.Family, Table: p.Table}})
+		d.part(p)
 	}
 }
 
-// repair looks where damage may be, and puts right what it finds; for policies, the next pass does that.
-func (e *Engine) repair(ctx context.Context, d damage) {
-	if !e.started() {
-		return // everything is about to be read
+// repair looks at one of the places where damage may be, so that what happens meanwhile need not wait for all. It puts right what
+// it finds; for policies, the next pass does that.
+func (e *Engine) repair(ctx context.Context, d *damage) {
+	switch {
+	case !e.started():
+		*d = damage{ports: d.ports} // everything is about to be read
+	case len(d.parts) > 0:
+		e.reread(ctx, d.next()...)
+	case d.counts:
+		d.counts = false
+		e.glance(d, true)
+	default:
+		e.repairLinks(ctx, *d)
+		d.allLinks, d.links = false, nil
 	}
-	e.repairLinks(ctx, d)
-	e.glance(&d, true) // who flushes tables may have gone on to the sets
-	parts := slices.Collect(maps.Keys(d.parts))
-	if d.everything {
-		e.relist, parts = true, nil
+}
+
+// next takes out one part; those of sets together, for they are read together.
+func (d *damage) next() (parts []dataplane.Part) {
+	for p := range d.parts {
+		if len(parts) == 0 || p.Table == "" && parts[0].Table == "" {
+			parts = append(parts, p)
+		}
 	}
-	if len(parts) > 0 || d.everything {
-		found, err := e.plane.Refresh(ctx, parts...)
-		if err != nil {
-			e.fail("read", "cannot read our rules and sets", err)
+	for _, p := range parts {
+		delete(d.parts, p)
+	}
+	return parts
+}
+
+// reread compares parts of the kernel with what is wanted there.
+func (e *Engine) reread(ctx context.Context, parts ...dataplane.Part) {
+	found, err := e.plane.Refresh(ctx, parts...)
+	if err != nil {
+		e.fail("read", "cannot read our rules and sets", err)
+	}
+	var what []string
+	for _, d := range found {
+		if d.Set == "" || !e.detaching(d) {
+			what = append(what, d.What)
 		}
-		var what []string
-		for _, d := range found {
-			if d.Set == "" || !e.detaching(d) {
-				what = append(what, d.What)
-			}
-		}
-		e.repaired("policies", what)
-		if len(what) > 0 {
-			e.suspects.due, e.suspects.all = true, true
-			clear(e.clean)
-		}
+	}
+	e.repaired("policies", what)
+	if len(what) > 0 {
+		e.suspects.due, e.suspects.all = true, true
+		clear(e.clean)
 	}
 }
 

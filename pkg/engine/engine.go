@@ -68,8 +68,11 @@ const (
 	// passPause is how long after a pass a change in the cluster waits, for others to come: where pods elsewhere come and go all the
 	// time, a pass and what wakes up for it costs more than the change. Records and the plugin wait for nothing.
 	passPause = 25 * time.Millisecond
-	// judgePause is how long after flows were judged they are judged again, where nobody waits for it.
-	judgePause = 500 * time.Millisecond
+	// A reading of the flows takes as long as the table is large, so the pause after it, where nobody waits for the next, is judgeRest
+	// times what it took, and within these.
+	judgeRest     = 100
+	judgePause    = 250 * time.Millisecond
+	judgePauseMax = time.Second
 	// applyLimit is how long one pass may write.
 	applyLimit = 45 * time.Second
 	retryFirst = 100 * time.Millisecond
@@ -101,9 +104,10 @@ type Engine struct {
 	// clean are the ranges of this node whose free addresses have no flows, but for those that are to be judged as gone.
 	clean map[netip.Prefix]bool
 	// suspects are to be judged if something is taken away, unjudged those from whom something was, judged those who have been
-	// judged once; judgedAt is when they were, zero if it failed.
+	// judged once; judgedAt is when they were, zero if it failed, and judgeIn how long after that they are judged again.
 	suspects, unjudged, judged suspects
 	judgedAt                   time.Time
+	judgeIn                    time.Duration
 	portsSeen                  bool
 	compared                   int         // comparisons so far
 	unwatched                  atomic.Bool // the kernel's announcements are not heard
@@ -258,7 +262,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			portLooks.ask()
 		}
 		if judge == nil && !e.judgedAt.IsZero() && (e.unjudged.some() || e.judged.some()) {
-			judge = time.After(judgePause)
+			judge = time.After(e.judgeIn)
 		}
 	}
 }

@@ -320,7 +320,7 @@ func TestChangesAfterAnotherAreJudgedTogether(t *testing.T) {
 				t.Fatalf("%s: the table was read %d times, want %d", when, *n, want)
 			}
 		}
-		long := func() { s.judgedAt = time.Now().Add(-judgePause) } // the pause is over
+		long := func() { s.judgedAt = time.Now().Add(-judgePauseMax) } // the pause is over
 		s.mustPass(t)
 		read(1, "the start")
 		long()

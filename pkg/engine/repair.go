@@ -182,12 +182,17 @@ func (e *Engine) reread(ctx context.Context, parts ...dataplane.Part) {
 	}
 }
 
-// repairLinks puts back what somebody took from the links of attached pods.
+// repairLinks puts back what somebody took from the links of attached pods. When all are looked at, it is at all at once.
 func (e *Engine) repairLinks(ctx context.Context, d damage) {
-	for _, a := range e.attached() {
-		if !d.allLinks && !d.links[a.HostInterface] {
-			continue
-		}
+	list := e.attached()
+	if !d.allLinks {
+		list = slices.DeleteFunc(list, func(a *attachment.Attachment) bool { return !d.links[a.HostInterface] })
+	} else if faulty, err := podlink.Faulty(list); err != nil {
+		e.fail("link", "cannot look at all links at once; looking at each", err)
+	} else {
+		list = faulty
+	}
+	for _, a := range list {
 		found, err := e.restoreLink(a)
 		if err != nil && ctx.Err() == nil {
 			e.fail("link", "cannot repair the link of a pod", err)

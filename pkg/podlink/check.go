@@ -27,13 +27,16 @@ func Check(l Link) error {
 }
 
 func checkHost(l Link) error {
-	host, err := netlink.LinkByName(l.HostInterface)
+	host, err := ask(l)
 	if err != nil {
-		return fmt.Errorf("the node's end: %w", err)
+		return err
+	}
+	if host == nil {
+		return fmt.Errorf("the node's end: there is no link %s", l.HostInterface)
 	}
 	var errs []error
-	if alias := host.Attrs().Alias; alias != l.Key().String() {
-		errs = append(errs, fmt.Errorf("the node's end belongs to %q", alias))
+	if host.alias != l.Key().String() {
+		errs = append(errs, fmt.Errorf("the node's end belongs to %q", host.alias))
 	}
 	faults, err := hostFaults(l, host)
 	for _, f := range faults {

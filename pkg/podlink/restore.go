@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -22,10 +23,14 @@ func Restore(a *attachment.Attachment) (restored []string, err error) {
 	// To mend one thing may take away another: a link's MAC its neighbours.
 	const rounds = 3
 	l := Link{Attachment: a}
+	failed := func(err error) error { return fmt.Errorf("restore link %s: %w", l.HostInterface, err) }
 	for range rounds {
-		host, err := ownLink(l)
-		if err != nil || host == nil {
-			return restored, err
+		host, err := own(l)
+		if err != nil {
+			return restored, failed(err)
+		}
+		if host == nil {
+			return restored, nil
 		}
 		faults, err := hostFaults(l, host)
 		if err == nil && len(faults) == 0 {
@@ -40,13 +45,13 @@ func Restore(a *attachment.Attachment) (restored []string, err error) {
 			restored = append(restored, f.what)
 		}
 		if err := errors.Join(errs...); err != nil {
-			if host, _ := ownLink(l); host == nil {
+			if host, _ := own(l); host == nil {
 				return restored, nil // it went meanwhile
 			}
-			return restored, fmt.Errorf("restore link %s: %w", l.HostInterface, err)
+			return restored, failed(err)
 		}
 	}
-	host, err := ownLink(l)
+	host, err := own(l)
 	if err != nil || host == nil {
 		return restored, err
 	}
@@ -54,23 +59,16 @@ func Restore(a *attachment.Attachment) (restored []string, err error) {
 		if err == nil {
 			err = errors.New(faults[0].what)
 		}
-		return restored, fmt.Errorf("restore link %s: set right %d times, and still: %w; see what else sets it", l.HostInterface,
-			rounds, err)
+		return restored, failed(fmt.Errorf("set right %d times, and still: %w; see what else sets it", rounds, err))
 	}
 	return restored, nil
 }
 
-// ownLink is the node's end; nil if it is not there or is not the attachment's.
-func ownLink(l Link) (netlink.Link, error) {
-	host, err := netlink.LinkByName(l.HostInterface)
-	if notFound(err) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("restore link %s: %w", l.HostInterface, err)
-	}
-	if host.Attrs().Alias != l.Key().String() {
-		return nil, nil
+// own is the node's end; nil if it is not there or is not the attachment's.
+func own(l Link) (*end, error) {
+	host, err := ask(l)
+	if err != nil || host == nil || host.alias != l.Key().String() {
+		return nil, err
 	}
 	return host, nil
 }
@@ -82,17 +80,12 @@ type fault struct {
 }
 
 // hostFaults compares the node's side with what Create made of it, in the order in which it is to be mended.
-func hostFaults(l Link, host netlink.Link) ([]fault, error) {
-	faults := append(settingFaults(l), linkFaults(l, host)...)
-	var errs []error
-	for _, find := range []func(Link, netlink.Link) ([]fault, error){addressFaults, neighbourFaults, routeFaults} {
-		found, err := find(l, host)
-		faults, errs = append(faults, found...), append(errs, err)
-	}
-	return faults, errors.Join(errs...)
+func hostFaults(l Link, host *end) ([]fault, error) {
+	routes, err := routeFaults(l, host)
+	return slices.Concat(settingFaults(l, host), linkFaults(l, host), addressFaults(l, host), neighbourFaults(l, host), routes), err
 }
 
-func settingFaults(l Link) (faults []fault) {
+func settingFaults(l Link, host *end) (faults []fault) {
 	settings := hostSettings(l)
 	for _, a := range l.Addresses {
 		if a.Is4() {
@@ -102,7 +95,7 @@ func settingFaults(l Link) (faults []fault) {
 		}
 	}
 	for _, s := range settings {
-		now, err := s.Read()
+		now, err := host.setting(s)
 		if err == nil && now == s.Value {
 			continue
 		}
@@ -118,31 +111,30 @@ func settingFaults(l Link) (faults []fault) {
 	return faults
 }
 
-func linkFaults(l Link, host netlink.Link) (faults []fault) {
-	at := host.Attrs()
-	if at.HardwareAddr.String() != l.HostMAC {
-		faults = append(faults, fault{fmt.Sprintf("the node's end has the MAC %s, not %s", at.HardwareAddr, l.HostMAC), func() error {
+func linkFaults(l Link, host *end) (faults []fault) {
+	if host.mac != l.HostMAC {
+		faults = append(faults, fault{fmt.Sprintf("the node's end has the MAC %s, not %s", host.mac, l.HostMAC), func() error {
 			mac, err := net.ParseMAC(l.HostMAC)
 			if err != nil {
 				return err
 			}
-			if err := netlink.LinkSetHardwareAddr(host, mac); err != nil {
+			if err := netlink.LinkSetHardwareAddr(host.link, mac); err != nil {
 				return fmt.Errorf("set the MAC of the node's end: %w", err)
 			}
 			return nil
 		}})
 	}
-	if at.MTU != l.MTU {
-		faults = append(faults, fault{fmt.Sprintf("the node's end has the MTU %d, not %d", at.MTU, l.MTU), func() error {
-			if err := netlink.LinkSetMTU(host, l.MTU); err != nil {
+	if host.mtu != l.MTU {
+		faults = append(faults, fault{fmt.Sprintf("the node's end has the MTU %d, not %d", host.mtu, l.MTU), func() error {
+			if err := netlink.LinkSetMTU(host.link, l.MTU); err != nil {
 				return fmt.Errorf("set the MTU of the node's end: %w", err)
 			}
 			return nil
 		}})
 	}
-	if at.Flags&net.FlagUp == 0 {
+	if !host.up {
 		faults = append(faults, fault{"the node's end is down", func() error {
-			if err := netlink.LinkSetUp(host); err != nil {
+			if err := netlink.LinkSetUp(host.link); err != nil {
 				return fmt.Errorf("set the node's end up: %w", err)
 			}
 			return nil
@@ -151,54 +143,34 @@ func linkFaults(l Link, host netlink.Link) (faults []fault) {
 	return faults
 }
 
-func addressFaults(l Link, host netlink.Link) ([]fault, error) {
-	if !has6(l) {
-		return nil, nil
-	}
-	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(host, unix.AF_INET6) })
-	if err != nil {
-		return nil, fmt.Errorf("list the addresses of the node's end: %w", err)
-	}
-	for _, a := range addrs {
-		ones, _ := a.Mask.Size()
-		if got, ok := netip.AddrFromSlice(a.IP); ok && got == Gateway6 && ones == 64 {
-			return nil, nil
-		}
+func addressFaults(l Link, host *end) []fault {
+	if !has6(l) || host.gateway {
+		return nil
 	}
 	what := fmt.Sprintf("the node's end does not have the address %s/64", Gateway6)
-	return []fault{{what, func() error { return hostGateway(anyway, host) }}}, nil
+	return []fault{{what, func() error { return hostGateway(anyway, host.link) }}}
 }
 
-func neighbourFaults(l Link, host netlink.Link) (faults []fault, err error) {
+func neighbourFaults(l Link, host *end) (faults []fault) {
 	for _, a := range l.Addresses {
-		family := neighbour(host, a, nil).Family
-		list, err := whole(func() ([]netlink.Neigh, error) { return netlink.NeighList(host.Attrs().Index, family) })
-		if err != nil {
-			return faults, fmt.Errorf("list the neighbours of the node's end: %w", err)
-		}
-		found := false
-		for _, n := range list {
-			got, ok := netip.AddrFromSlice(n.IP)
-			found = found || ok && got.Unmap() == a && n.State&netlink.NUD_PERMANENT != 0 && n.HardwareAddr.String() == l.PodMAC
-		}
-		if !found {
+		if mac, known := host.neighbours[a]; !known || mac != l.PodMAC {
 			faults = append(faults, fault{fmt.Sprintf("the node does not know the MAC %s of %s for good", l.PodMAC, a),
-				func() error { return hostNeighbour(anyway, l, host, a) }})
+				func() error { return hostNeighbour(anyway, l, host.link, a) }})
 		}
 	}
-	return faults, nil
+	return faults
 }
 
-func routeFaults(l Link, host netlink.Link) (faults []fault, err error) {
+func routeFaults(l Link, host *end) (faults []fault, err error) {
 	for _, a := range l.Addresses {
 		source := nodeAddressOf(l, a)
-		now, there := hostRouteSource(host, a)
+		now, there := host.routes[a]
 		if there && now == source {
 			continue
 		}
 		// The kernel deletes the routes whose source the node has lost (and refuses new ones): better without than none.
 		if source.IsValid() {
-			has, err := onNode(source)
+			has, err := host.onNode(source)
 			if err != nil {
 				return faults, err
 			}
@@ -213,7 +185,7 @@ func routeFaults(l Link, host netlink.Link) (faults []fault, err error) {
 		if there {
 			what = fmt.Sprintf("the node's route to %s has the source %s, not %s", a, named(now), named(source))
 		}
-		faults = append(faults, fault{what, func() error { return hostRoute(anyway, host, a, source) }})
+		faults = append(faults, fault{what, func() error { return hostRoute(anyway, host.link, a, source) }})
 	}
 	return faults, nil
 }

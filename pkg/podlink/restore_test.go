@@ -2,6 +2,7 @@ package podlink_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -30,7 +31,7 @@ type node struct {
 	server           map[bool]netip.AddrPort // of the pod, by whether it is IPv4
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t testing.TB) *node {
 	t.Helper()
 	n := &node{ns: nettest.NewNS(t, "node"), outside: nettest.NewNS(t, "outside"), pod: nettest.NewNS(t, "pod"),
 		server: map[bool]netip.AddrPort{}}
@@ -50,7 +51,7 @@ func newNode(t *testing.T) *node {
 }
 
 // attach makes the link of a pod with the addresses of a number.
-func (n *node) attach(t *testing.T, pod *nettest.NS, number byte) *attachment.Attachment {
+func (n *node) attach(t testing.TB, pod *nettest.NS, number byte) *attachment.Attachment {
 	t.Helper()
 	id := fmt.Sprintf("container-%d", number)
 	a := &attachment.Attachment{ContainerID: id, IfName: "eth0", NetNS: pod.Path,
@@ -67,7 +68,7 @@ func (n *node) attach(t *testing.T, pod *nettest.NS, number byte) *attachment.At
 }
 
 // reachable tries the pod from outside in both families.
-func (n *node) reachable(t *testing.T) {
+func (n *node) reachable(t testing.TB) {
 	t.Helper()
 	for _, to := range n.server {
 		if err := nettest.Dial(n.outside, "tcp", netip.AddrPort{}, to, limit); err != nil {
@@ -76,7 +77,7 @@ func (n *node) reachable(t *testing.T) {
 	}
 }
 
-func (n *node) restore(t *testing.T, a *attachment.Attachment) (restored []string) {
+func (n *node) restore(t testing.TB, a *attachment.Attachment) (restored []string) {
 	t.Helper()
 	n.ns.Do(t, func() {
 		var err error
@@ -85,6 +86,19 @@ func (n *node) restore(t *testing.T, a *attachment.Attachment) (restored []strin
 		}
 	})
 	return restored
+}
+
+// faulty looks at all links at once, and reports whether that of an attachment is among those to be restored.
+func (n *node) faulty(t testing.TB, a *attachment.Attachment) bool {
+	t.Helper()
+	var found []*attachment.Attachment
+	n.ns.Do(t, func() {
+		var err error
+		if found, err = podlink.Faulty([]*attachment.Attachment{a}); err != nil {
+			t.Error(err)
+		}
+	})
+	return len(found) == 1
 }
 
 // watch begins to watch; the function that it returns waits until the watcher has named a link, and returns all it named.
@@ -173,6 +187,9 @@ func TestWhatSomebodyTakesFromALinkIsNoticedAndPutBack(t *testing.T) {
 				_, at := named(n.a.HostInterface)
 				t.Logf("noticed %v after it was done", at.Sub(done).Round(10*time.Microsecond))
 			}
+			if !n.faulty(t, n.a) {
+				t.Error("a look at all links does not find it")
+			}
 			start := time.Now()
 			restored := n.restore(t, n.a)
 			t.Logf("put right in %v: %s", time.Since(start).Round(10*time.Microsecond), strings.Join(restored, "; "))
@@ -188,6 +205,9 @@ func TestWhatSomebodyTakesFromALinkIsNoticedAndPutBack(t *testing.T) {
 			})
 			if again := n.restore(t, n.a); len(again) > 0 {
 				t.Errorf("put back again: %v", again)
+			}
+			if n.faulty(t, n.a) {
+				t.Error("a look at all links finds something although all was put back")
 			}
 			if !strings.Contains(d.name, "the node's address") {
 				n.reachable(t)
@@ -232,7 +252,7 @@ func TestRestoreWritesNothingWhereNothingIsWrong(t *testing.T) {
 	})
 	defer events.Close()
 	for name, a := range map[string]*attachment.Attachment{"a whole link": n.a, "another's link": &other, "no link": &gone} {
-		if restored := n.restore(t, a); len(restored) > 0 {
+		if restored := n.restore(t, a); len(restored) > 0 || n.faulty(t, a) {
 			t.Errorf("%s: %v", name, restored)
 		}
 	}
@@ -325,5 +345,37 @@ func TestLinksThatWereThereBeforeAreWatched(t *testing.T) {
 		if restored := n.restore(t, n.a); len(restored) != 1 {
 			t.Errorf("put back %v, want the one route", restored)
 		}
+	}
+}
+
+// What a look at a whole node costs: go test -bench Look -run NONE ./pkg/podlink
+func BenchmarkLook(b *testing.B) {
+	n := newNode(b)
+	list := []*attachment.Attachment{n.a}
+	for i := range 99 {
+		list = append(list, n.attach(b, nettest.NewNS(b, "more"), byte(10+i)))
+	}
+	for name, look := range map[string]func() (found int, err error){
+		"at all links at once": func() (int, error) {
+			faulty, err := podlink.Faulty(list)
+			return len(faulty), err
+		},
+		"at each link": func() (found int, err error) {
+			for _, a := range list {
+				restored, failed := podlink.Restore(a)
+				found, err = found+len(restored), errors.Join(err, failed)
+			}
+			return found, err
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			n.ns.Do(b, func() {
+				for b.Loop() {
+					if found, err := look(); found > 0 || err != nil {
+						b.Fatal(found, err)
+					}
+				}
+			})
+		})
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"sync"
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/sysctl"
@@ -64,10 +65,10 @@ func podSettings(l Link) []sysctl.Setting {
 }
 
 // without6 reports a kernel that was started without IPv6.
-func without6() bool {
+var without6 = sync.OnceValue(func() bool {
 	_, err := os.Stat("/proc/sys/net/ipv6")
 	return errors.Is(err, fs.ErrNotExist)
-}
+})
 
 // Without these a node does not route, in either family.
 var (

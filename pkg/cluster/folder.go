@@ -33,6 +33,7 @@ type Folder struct {
 	files    map[string]*file
 	snapshot object.Cluster
 	taken    object.Cluster // what Take has told of
+	told     bool           // that is the snapshot
 	problems []string
 }
 
@@ -91,8 +92,11 @@ func (f *Folder) Snapshot() object.Cluster {
 func (f *Folder) Take() object.Changes {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.told {
+		return object.Changes{}
+	}
 	changes := object.Diff(f.taken, f.snapshot)
-	f.taken = f.snapshot
+	f.taken, f.told = f.snapshot, true
 	return changes
 }
 
@@ -291,6 +295,7 @@ func (f *Folder) assemble() {
 	var twice []string
 	was := f.snapshot.Nodes
 	f.snapshot, twice = merge(files)
+	f.told = false
 	if !f.synced && complete || !reflect.DeepEqual(was, f.snapshot.Nodes) {
 		f.nodes.send()
 	}

@@ -102,10 +102,11 @@ const firstInterface = "eth0"
 
 // locals lists the pod interfaces of this node: those attached, and those that the scheduler has placed here.
 func (e *Engine) locals(known func(key string) *object.Pod) []policy.Local {
-	e.recorded, e.ready, e.settled = map[string]bool{}, map[pair]attachment.Key{}, false
-	var list []policy.Local
-	taken := map[string]bool{}
-	for _, a := range e.attached() {
+	attached := e.attached()
+	n := len(attached)
+	e.recorded, e.ready, e.settled = make(map[string]bool, n), make(map[pair]attachment.Key, n), false
+	list, taken := make([]policy.Local, 0, n+len(e.placed)), make(map[string]bool, n)
+	for _, a := range attached {
 		pod, _ := match(known, a)
 		l := policy.Local{Pod: pod, Interface: a.HostInterface, Addresses: a.Addresses, Ready: pod != nil}
 		list = append(list, l)

@@ -18,7 +18,7 @@
 //     the larger value, and it is policyd's rule in raw PREROUTING that drops forged sources.
 //   - The node's end has no IPv4 address: with one, strict reverse path would accept more than the pod's own.
 //   - What somebody else takes away of all this the kernel announces, mostly, before the command that did it has ended
-//     ([Watcher]), and [Restore] puts it back; [Faulty] looks at all links at once. Routes that go with the node's own address, or with a link that is set down, go
-//     without a word of their own.
+//     ([Watcher]), and [Restore] puts it back; [Faulty] looks at all links at once. Routes that go with the node's own address,
+//     or with a link that is set down, go without a word of their own.
 //   - Removing a veth takes 15 to 18 ms (RCU), its name is free at once.
 package podlink

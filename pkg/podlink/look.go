@@ -223,6 +223,9 @@ const (
 	ifla6GenMode = 8 // IFLA_INET6_ADDR_GEN_MODE
 )
 
+// genMode is how a link makes IPv6 addresses: a setting that is no number of the array.
+const genMode = "addr_gen_mode"
+
 func settingsOf(spec []byte) (s settings) {
 	nlevents.Attributes(spec, func(family uint16, value []byte) {
 		nlevents.Attributes(value, func(typ uint16, value []byte) {
@@ -244,7 +247,7 @@ func (s settings) value(of sysctl.Setting) (string, error) {
 	name, all, places := path.Base(of.Path), s.v4, places4
 	if strings.HasPrefix(of.Path, "ipv6/") {
 		all, places = s.v6, places6
-		if name == "addr_gen_mode" && len(s.genMode) > 0 {
+		if name == genMode && len(s.genMode) > 0 {
 			return strconv.Itoa(int(s.genMode[0])), nil
 		}
 	}

@@ -6,15 +6,20 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"path"
 	"runtime"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-cni/postern/pkg/attachment"
+	"github.com/postern-cni/postern/pkg/sysctl"
 )
 
 // Gateways of every pod, one of each family: the node's end answers for them.
@@ -118,7 +123,7 @@ func create(ctx context.Context, l Link) (routes []netip.Prefix, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := write(hostSettings(l)...); err != nil {
+	if err := settle(l, host); err != nil {
 		return nil, err
 	}
 	if err := e.hostEnd(l, host); err != nil {
@@ -190,10 +195,42 @@ func (e *ends) addVeth(ctx context.Context, l Link) (netlink.Link, error) {
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	if err := e.node.LinkSetAlias(veth, l.Key().String()); err != nil {
-		return nil, fmt.Errorf("set the alias: %w", err)
-	}
 	return veth, nil
+}
+
+// settle gives the node's end its alias and its settings, whose values nobody has chosen yet: to ask for each first takes longer.
+// The alias and what netlink can set (IFLA_AF_SPEC; of IPv6 only how addresses are made) are one message, the rest is files.
+func settle(l Link, host netlink.Link) error {
+	var files []sysctl.Setting
+	spec, v4, v6 := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil), nl.NewRtAttr(ifla4Conf, nil), nl.NewRtAttr(unix.AF_INET6, nil)
+	for _, s := range hostSettings(l) {
+		value, err := strconv.ParseUint(s.Value, 10, 8)
+		if err != nil {
+			return fmt.Errorf("%s: %w", s, err)
+		}
+		name := path.Base(s.Path)
+		place, numbered := places4[name]
+		switch {
+		case numbered && strings.HasPrefix(s.Path, "ipv4/"):
+			v4.AddRtAttr(place+1, nl.Uint32Attr(uint32(value)))
+		case name == genMode:
+			v6.AddRtAttr(ifla6GenMode, nl.Uint8Attr(uint8(value)))
+			spec.AddChild(v6)
+		default:
+			files = append(files, s)
+		}
+	}
+	spec.AddRtAttr(unix.AF_INET, nil).AddChild(v4)
+	message := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	message.Index = int32(host.Attrs().Index)
+	request := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	request.AddData(message)
+	request.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(l.Key().String())))
+	request.AddData(spec)
+	if _, err := request.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return fmt.Errorf("set the alias and the settings of the node's end: %w", err)
+	}
+	return sysctl.Write(files...)
 }
 
 // makeRoom finds out which of the two names is taken. The pod's is an error; what has the node's is removed.
@@ -290,7 +327,7 @@ func nodeAddressOf(l Link, a netip.Addr) netip.Addr {
 
 func (e *ends) podEnd(l Link) (routes []netip.Prefix, err error) {
 	if settings := podSettings(l); len(settings) > 0 {
-		if err := e.within(func() error { return write(settings...) }); err != nil {
+		if err := e.within(func() error { return sysctl.Write(settings...) }); err != nil {
 			return nil, err
 		}
 	}

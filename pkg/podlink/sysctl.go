@@ -11,15 +11,6 @@ import (
 	"github.com/postern-cni/postern/pkg/sysctl"
 )
 
-// write writes settings of a new link, whose values nobody has chosen: to ask for each first takes longer.
-func write(settings ...sysctl.Setting) error {
-	var errs []error
-	for _, s := range settings {
-		errs = append(errs, s.Write())
-	}
-	return errors.Join(errs...)
-}
-
 // set writes what is not so already.
 func set(settings ...sysctl.Setting) error {
 	var errs []error
@@ -51,7 +42,7 @@ func hostSettings(l Link) []sysctl.Setting {
 		return append(settings, sysctl.Of(v6+"disable_ipv6", "1"))
 	}
 	return append(settings, sysctl.Of(v6+"accept_ra", "0"), sysctl.Of(v6+"accept_redirects", "0"),
-		sysctl.Of(v6+"accept_dad", "0"), sysctl.Of(v6+"addr_gen_mode", "1"), sysctl.Of(v6+"disable_ipv6", "0"))
+		sysctl.Of(v6+"accept_dad", "0"), sysctl.Of(v6+genMode, "1"), sysctl.Of(v6+"disable_ipv6", "0"))
 }
 
 // podSettings spare a pod with IPv6 the delay of duplicate-address detection, on an address that nobody else can have, and advice

@@ -68,3 +68,30 @@ func TestAContainerWithoutTheMountIsToldSo(t *testing.T) {
 		}
 	})
 }
+
+// What the plugin writes into the settings of a link: the folder is read-only in a container.
+func TestSettingsOfAFolderAreWrittenTogether(t *testing.T) {
+	for _, container := range []bool{false, true} {
+		nettest.NewNS(t, "node").Do(t, func() {
+			from := own
+			if container {
+				from = readOnly(t)
+			}
+			list := []Setting{Of("ipv4/conf/lo/rp_filter", "1"), Of("ipv4/conf/lo/send_redirects", "0"), Of("ipv4/conf/lo/no_such", "1")}
+			if err := writeAll(from, own, list...); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "no_such") {
+				t.Errorf("in a container %v: a setting that the kernel does not have: %v", container, err)
+			}
+			for _, s := range list[:2] {
+				if now, err := s.Read(); now != s.Value {
+					t.Errorf("in a container %v: %s is %q, %v; want %s", container, s, now, err, s.Value)
+				}
+			}
+			if err := Write(list[0], Of("ipv4/ip_forward", "1")); err == nil {
+				t.Error("settings of two folders were taken for those of one")
+			}
+			if err := Write(Of("ipv4/conf/none/rp_filter", "1")); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("settings of a link that is not there: %v", err)
+			}
+		})
+	}
+}

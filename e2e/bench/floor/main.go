@@ -17,6 +17,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-cni/postern/pkg/ipset"
@@ -109,9 +110,10 @@ func (p pod) add() error {
 	if err != nil {
 		return err
 	}
-	v4, v6 := "ipv4/conf/"+p.hostName+"/", "ipv6/conf/"+p.hostName+"/"
-	if err := sysctls(v4+"rp_filter=1", v4+"accept_redirects=0", v4+"send_redirects=0",
-		v6+"disable_ipv6=1"); err != nil {
+	if err := harden(host.Attrs().Index); err != nil {
+		return fmt.Errorf("set the settings of the node's end: %w", err)
+	}
+	if err := without6(p.hostName); err != nil {
 		return err
 	}
 	if err := kernel.LinkSetUp(host); err != nil {
@@ -198,20 +200,41 @@ func (p pod) del() error {
 	return netlink.LinkDel(link)
 }
 
-// sysctls writes settings of the network, each PATH=VALUE.
-func sysctls(settings ...string) error {
-	for _, s := range settings {
-		path, value, _ := strings.Cut(s, "=")
-		fd, err := unix.Open("/proc/sys/net/"+path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("set %s: %w", s, err)
-		}
-		if _, err := unix.Write(fd, []byte(value)); err != nil {
-			return fmt.Errorf("set %s: %w", s, err)
-		}
-		_ = unix.Close(fd) // nothing is left to write
+// Places of IPv4's settings (IPV4_DEVCONF_*, linux/ip.h) in the attribute that netlink has them in (linux/if_link.h).
+const (
+	inetConf        = 1 // IFLA_INET_CONF
+	acceptRedirects = 4
+	sendRedirects   = 6
+	rpFilter        = 8
+)
+
+// harden has a link trust nothing over IPv4 that a pod sends, by one message.
+func harden(index int) error {
+	message := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	message.Index = int32(index)
+	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+	conf := spec.AddRtAttr(unix.AF_INET, nil).AddRtAttr(inetConf, nil)
+	conf.AddRtAttr(rpFilter, nl.Uint32Attr(1))
+	conf.AddRtAttr(acceptRedirects, nl.Uint32Attr(0))
+	conf.AddRtAttr(sendRedirects, nl.Uint32Attr(0))
+	request := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	request.AddData(message)
+	request.AddData(spec)
+	_, err := request.Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
+// without6 takes IPv6 from a link: netlink has no way to.
+func without6(link string) error {
+	path := "/proc/sys/net/ipv6/conf/" + link + "/disable_ipv6"
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", path, err)
 	}
-	return nil
+	if _, err := unix.Write(fd, []byte("1")); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return unix.Close(fd)
 }
 
 func neighbour(link netlink.Link, a netip.Addr, mac net.HardwareAddr) *netlink.Neigh {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"slices"
 
@@ -189,11 +190,28 @@ func RouteLocalnet(family rule.Family, a *attachment.Attachment) (set bool, err 
 func flush(a *attachment.Attachment, others []*attachment.Attachment) error {
 	var errs []error
 	for _, m := range a.PortMappings {
-		if m.Protocol == string(rule.UDP) && !held(m, a, others) {
-			errs = append(errs, conntrack.DeleteUDPPort(m.HostPort, m.HostIP))
+		if m.Protocol != string(rule.UDP) || held(m, a, others) {
+			continue
+		}
+		for _, at := range flushed(m, a) {
+			errs = append(errs, conntrack.DeleteUDPPort(m.HostPort, at))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// flushed are the addresses of the node at which a mapping can have had flows: that of the mapping, or all of the families that
+// the pod has, for each takes a walk through the whole table. Of a pod whose addresses nobody knows any more it is both.
+func flushed(m attachment.PortMapping, a *attachment.Attachment) (at []netip.Addr) {
+	if m.HostIP.IsValid() {
+		return []netip.Addr{m.HostIP}
+	}
+	for f, all := range map[rule.Family]netip.Addr{rule.IPv4: netip.IPv4Unspecified(), rule.IPv6: netip.IPv6Unspecified()} {
+		if len(a.Addresses) == 0 || hasFamily(a, f) {
+			at = append(at, all)
+		}
+	}
+	return at
 }
 
 func held(m attachment.PortMapping, a *attachment.Attachment, others []*attachment.Attachment) bool {

@@ -173,9 +173,10 @@ func feed(cmd *exec.Cmd, stdin *input) error {
 	return cmp.Or(cmd.Wait(), err)
 }
 
-var (
-	lineNumber = regexp.MustCompile(`line:? (\d+)`)
-	noSet      = regexp.MustCompile(`Set \S+ doesn't exist`)
+// What the programs say. These are compiled when something has failed: the plugin is started for each pod, and seldom needs them.
+const (
+	lineNumber = `line:? (\d+)`
+	noSet      = `Set \S+ doesn't exist`
 )
 
 // refine gives the errors that callers decide on a type. Exit status 4 is a resource problem, the lock among them.
@@ -187,10 +188,10 @@ func refine(err error, text string) error {
 	switch {
 	case c.code == 4 && strings.Contains(c.stderr, "xtables lock"):
 		return fmt.Errorf("%w: %s", ErrLocked, c.stderr)
-	case noSet.MatchString(c.stderr):
+	case regexp.MustCompile(noSet).MatchString(c.stderr):
 		return fmt.Errorf("%w: %s", ErrMissingSet, c.stderr)
 	}
-	if m := lineNumber.FindStringSubmatch(c.stderr); m != nil {
+	if m := regexp.MustCompile(lineNumber).FindStringSubmatch(c.stderr); m != nil {
 		n, _ := strconv.Atoi(m[1])
 		if lines := strings.Split(text, "\n"); n >= 1 && n <= len(lines) {
 			return &LineError{Line: n, Text: lines[n-1], Why: c.stderr}

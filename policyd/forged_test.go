@@ -209,7 +209,7 @@ func TestAPodDoesNotReachTheNodesLoopback(t *testing.T) {
 			t.Errorf("the pod to 127.0.0.1 of the node: %v, want silence", err)
 		}
 		n.StopPolicyd(t) // or it would put the rules back
-		n.NS.Run(t, "iptables-"+backend, "-t", "raw", "-F", "PREROUTING")
+		n.NS.Run(t, "iptables-"+backend, "-t", "mangle", "-F", "INPUT")
 		if err := nettest.Dial(a.NS, "tcp", from, service, 5*time.Second); err != nil {
 			t.Errorf("without the rules the same packet does not get through, so the test proves nothing: %v", err)
 		}

@@ -72,7 +72,7 @@ func render(w io.Writer, s *rule.State) {
 	}
 	program := map[rule.Family]string{rule.IPv4: "iptables-restore", rule.IPv6: "ip6tables-restore"}[s.Family]
 	fmt.Fprintf(w, "# %s: %s --noflush\n", s.Family, program)
-	for _, table := range []rule.Table{rule.Raw, rule.Mangle, rule.Filter} {
+	for _, table := range []rule.Table{rule.Mangle, rule.Filter} {
 		c := iptables.Change{Table: table, Replace: s.Chains[table]}
 		for _, h := range s.Hooks {
 			if h.Table == table {

@@ -13,11 +13,11 @@ import (
 
 // Chains that do not depend on pods.
 const (
-	ChainRaw     = "POSTERN-PREROUTING" // raw
-	ChainForward = "POSTERN-FORWARD"    // mangle
-	ChainFrom    = "POSTERN-FROM"       // mangle, egress
-	ChainTo      = "POSTERN-TO"         // mangle, ingress
-	ChainAccept  = "POSTERN-ACCEPT"     // filter
+	ChainInput   = "POSTERN-INPUT"   // mangle
+	ChainForward = "POSTERN-FORWARD" // mangle
+	ChainFrom    = "POSTERN-FROM"    // mangle, egress
+	ChainTo      = "POSTERN-TO"      // mangle, ingress
+	ChainAccept  = "POSTERN-ACCEPT"  // filter
 )
 
 const podLinks = attachment.GuardedPrefix + "+"
@@ -47,7 +47,7 @@ func State(m *policy.Model, f rule.Family) *rule.State {
 	ranges := sets[rule.RangeSet(f)]
 	ranges.Entries = rangeEntries(m.Ranges, f)
 	sets[ranges.Name] = ranges
-	mangle := []rule.Chain{forward(f)}
+	mangle := []rule.Chain{forward(f), input(f)}
 	for _, d := range directions {
 		var isolated []string
 		for _, g := range m.Pods {
@@ -62,9 +62,9 @@ func State(m *policy.Model, f rule.Family) *rule.State {
 	slices.SortFunc(mangle, func(a, b rule.Chain) int { return strings.Compare(a.Name, b.Name) })
 	state := &rule.State{
 		Family: f,
-		Chains: map[rule.Table][]rule.Chain{rule.Raw: {raw(f)}, rule.Mangle: mangle, rule.Filter: {accept()}},
+		Chains: map[rule.Table][]rule.Chain{rule.Mangle: mangle, rule.Filter: {accept()}},
 		Hooks: []rule.Hook{
-			{Table: rule.Raw, Chain: "PREROUTING", Rule: rule.Rule{Action: rule.Jump{Chain: ChainRaw}}},
+			{Table: rule.Mangle, Chain: "INPUT", Rule: rule.Rule{Action: rule.Jump{Chain: ChainInput}}},
 			{Table: rule.Mangle, Chain: "FORWARD", Rule: rule.Rule{Action: rule.Jump{Chain: ChainForward}}},
 			{Table: rule.Filter, Chain: "FORWARD", Rule: rule.Rule{Action: rule.Jump{Chain: ChainAccept}}, Last: true},
 		},
@@ -235,22 +235,26 @@ func isolatedBefore(x *policy.Index, delta policy.Delta, d rule.Direction) []str
 	return were
 }
 
-// raw drops what a pod's link may never send: a source that is not routed back to it, and packets for the node's loopback,
-// which route_localnet would let in (CVE-2020-8558).
-func raw(f rule.Family) rule.Chain {
-	chain := rule.Chain{Name: ChainRaw, Rules: []rule.Rule{{
-		Matches: []rule.Match{rule.In{Name: podLinks}, rule.RPFilter{Invert: true}},
-		Action:  rule.Drop{},
-		Comment: "a source that is not the pod's",
-	}}}
+// input drops what a pod's link may not send to the node itself: what is for the node's loopback, which route_localnet would let in
+// (CVE-2020-8558; what hostPort would lead elsewhere is dropped before that), and a source that is not the pod's. What is
+// forwarded has its source checked there. Over IPv6 two kinds of sources are anybody's, and good on their link alone: those of
+// neighbour discovery (RFC 4861).
+func input(f rule.Family) rule.Chain {
+	from := rule.In{Name: podLinks}
+	forged := rule.Rule{Matches: []rule.Match{from, rule.InSet{Name: rule.ReadySet(f), Dirs: "src,src", Not: true}},
+		Action: rule.Drop{}, Comment: "a source that is not the pod's"}
 	if f == rule.IPv4 {
-		chain.Rules = append(chain.Rules, rule.Rule{
-			Matches: []rule.Match{rule.In{Name: podLinks}, rule.Dest{Prefix: netip.MustParsePrefix("127.0.0.0/8")}},
-			Action:  rule.Drop{},
-			Comment: "the node's loopback is closed to pods",
-		})
+		return rule.Chain{Name: ChainInput, Rules: []rule.Rule{
+			{Matches: []rule.Match{from, rule.Dest{Prefix: netip.MustParsePrefix("127.0.0.0/8")}}, Action: rule.Drop{},
+				Comment: "the node's loopback is closed to pods"},
+			forged,
+		}}
 	}
-	return chain
+	return rule.Chain{Name: ChainInput, Rules: []rule.Rule{
+		{Matches: []rule.Match{from, rule.Source{Prefix: netip.MustParsePrefix("fe80::/10")}}, Action: rule.Return{}},
+		{Matches: []rule.Match{from, rule.Source{Prefix: netip.MustParsePrefix("::/128")}}, Action: rule.Return{}},
+		forged,
+	}}
 }
 
 func forward(f rule.Family) rule.Chain {

@@ -15,24 +15,35 @@ const leaf = 8
 // dispatch returns the chains that lead to the chains of the isolated interfaces, which are sorted: the direction's entry, and
 // the branches of its tree.
 func dispatch(d rule.Direction, isolated []string, f rule.Family) []rule.Chain {
-	t := &tree{direction: d, entry: ChainTo}
-	dirs := "dst,dst"
-	if d == rule.Egress {
-		t.entry, dirs = ChainFrom, "src,src"
-	}
+	t := &tree{direction: d, family: f, entry: entryOf(d)}
 	t.grow(t.entry, attachment.GuardedPrefix, isolated)
-	entry := &t.chains[len(t.chains)-1]
-	entry.Rules = slices.Insert(entry.Rules, 0, rule.Rule{
-		Matches: []rule.Match{rule.InSet{Name: rule.OpenSet(f, d), Dirs: dirs}}, Action: rule.Return{},
-		Comment: "no policy isolates the pod for " + string(d),
-	})
 	return t.chains
 }
 
-// Bridge returns the dispatch chains for the time until some interfaces have joined an open set, or left it. Those who join are led
-// to the chains that they still have, besides those whose chains are wanted. Those who leave are led to their chains at once, still
-// in the set or not, if chains of the other direction are rewritten: or for a moment one end of a packet would be judged as before
-// and the other as after, and it would pass where neither lets it. Nil if there is nothing to bridge.
+func entryOf(d rule.Direction) string {
+	if d == rule.Egress {
+		return ChainFrom
+	}
+	return ChainTo
+}
+
+// notIsolated lets pass whoever is in the open set.
+func notIsolated(d rule.Direction, f rule.Family) rule.Rule {
+	dirs := "dst,dst"
+	if d == rule.Egress {
+		dirs = "src,src"
+	}
+	return rule.Rule{
+		Matches: []rule.Match{rule.InSet{Name: rule.OpenSet(f, d), Dirs: dirs}}, Action: rule.Return{},
+		Comment: "no policy isolates the pod for " + string(d),
+	}
+}
+
+// Bridge returns the dispatch chains for the time until some interfaces have joined an open set: they are led to the chains that
+// they still have, besides those whose chains are wanted, and so that they are let pass once they have joined, the set comes first.
+// Others may leave it at that time. They are led to their chains at once, as without a bridge, if chains of the other direction are
+// rewritten: or for a moment one end of a packet would be judged as before and the other as after, and it would pass where neither
+// lets it. Nil if nobody joins.
 //
 // wanted are the chains that are wanted, with whether the kernel holds other rules under that name; still says which others it
 // holds.
@@ -53,15 +64,16 @@ func Bridge(
 		}
 		apart = apart || rewritten && strings.HasPrefix(name, ChainOf(opposite, attachment.GuardedPrefix))
 	}
-	leaving = slices.DeleteFunc(slices.Clone(leaving), func(link string) bool { return !apart || !slices.Contains(isolated, link) })
-	if len(joining)+len(leaving) == 0 {
+	if len(joining) == 0 {
 		return nil
 	}
+	leaving = slices.DeleteFunc(slices.Clone(leaving), func(link string) bool { return !apart || !slices.Contains(isolated, link) })
 	links := slices.Concat(joining, isolated)
 	slices.Sort(links)
 	slices.Sort(leaving)
 	chains := dispatch(d, slices.Compact(links), f)
 	t, entry := &tree{direction: d}, &chains[len(chains)-1]
+	entry.Rules = slices.Insert(entry.Rules, 0, notIsolated(d, f))
 	for i, link := range slices.Compact(leaving) {
 		entry.Rules = slices.Insert(entry.Rules, i, rule.Rule{Matches: t.match(link), Action: rule.Goto{Chain: ChainOf(d, link)}})
 	}
@@ -71,11 +83,13 @@ func Bridge(
 // tree finds an interface's chain in a number of steps that grows with the logarithm of the number of pods.
 type tree struct {
 	direction rule.Direction
+	family    rule.Family
 	entry     string       // POSTERN-FROM or POSTERN-TO
 	chains    []rule.Chain // a branch's chain comes after those it leads to
 }
 
-// grow makes the chain that dispatches the interfaces, all of which begin with a prefix. Whoever is not among them is dropped.
+// grow makes the chain that dispatches the interfaces, all of which begin with a prefix. Whoever is not among them is dropped, unless
+// the open set has it: so who is isolated needs no look into that set, which costs as much as ten steps of the tree.
 func (t *tree) grow(name, prefix string, interfaces []string) {
 	chain := rule.Chain{Name: name}
 	if len(interfaces) <= leaf {
@@ -95,7 +109,7 @@ func (t *tree) grow(name, prefix string, interfaces []string) {
 			interfaces = interfaces[n:]
 		}
 	}
-	chain.Rules = append(chain.Rules, rule.Rule{Action: rule.Drop{}})
+	chain.Rules = append(chain.Rules, notIsolated(t.direction, t.family), rule.Rule{Action: rule.Drop{}})
 	t.chains = append(t.chains, chain)
 }
 

@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
-	"os"
 	"slices"
-	"strings"
 
 	"github.com/postern-cni/postern/pkg/ipset"
 	"github.com/postern-cni/postern/pkg/iptables"
@@ -36,11 +33,6 @@ func Cleanup(ctx context.Context) error {
 func cleanTables(ctx context.Context, t *iptables.Tables) error {
 	var changes []iptables.Change
 	for _, table := range tables {
-		if there, err := exists(t, table); err != nil {
-			return err
-		} else if !there {
-			continue
-		}
 		a, err := t.Save(ctx, table)
 		if err != nil {
 			return err
@@ -52,25 +44,6 @@ func cleanTables(ctx context.Context, t *iptables.Tables) error {
 		changes = append(changes, c)
 	}
 	return t.Restore(ctx, iptables.Render(changes...))
-}
-
-// exists asks whether a legacy table is there, since looking into it would make it.
-func exists(t *iptables.Tables, table rule.Table) (bool, error) {
-	if t.Backend != iptables.Legacy {
-		return true, nil
-	}
-	file := "/proc/thread-self/net/ip_tables_names"
-	if t.Family == rule.IPv6 {
-		file = "/proc/thread-self/net/ip6_tables_names"
-	}
-	text, err := os.ReadFile(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("read the names of legacy tables: %w", err)
-	}
-	return slices.Contains(strings.Fields(string(text)), string(table)), nil
 }
 
 func cleanSets() error {

@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -108,8 +110,12 @@ func (t *Tables) Restore(ctx context.Context, text string) error {
 	return nil
 }
 
-// Save reads our part of a table.
+// Save reads our part of a table. Of one that is not there it is empty, and the table is not made.
 func (t *Tables) Save(ctx context.Context, table rule.Table) (*Actual, error) {
+	nothing := &Actual{Chains: map[string][]rule.Rule{}}
+	if there, err := t.exists(table); err != nil || !there {
+		return nothing, err
+	}
 	out, err := t.run(ctx, t.save, nil, "-t", string(table))
 	if err != nil {
 		return nil, fmt.Errorf("%s -t %s: %w", t.save, table, err)
@@ -117,7 +123,27 @@ func (t *Tables) Save(ctx context.Context, table rule.Table) (*Actual, error) {
 	if a := Parse(out, t.Family)[table]; a != nil {
 		return a, nil
 	}
-	return &Actual{Chains: map[string][]rule.Rule{}}, nil // legacy prints nothing for a table that was never used
+	return nothing, nil // it went meanwhile
+}
+
+// exists asks whether a legacy table is there, since looking into it would make it, and every packet would pass through it from
+// then on.
+func (t *Tables) exists(table rule.Table) (bool, error) {
+	if t.Backend != Legacy {
+		return true, nil
+	}
+	file := "/proc/thread-self/net/ip_tables_names"
+	if t.Family == rule.IPv6 {
+		file = "/proc/thread-self/net/ip6_tables_names"
+	}
+	text, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read the names of legacy tables: %w", err)
+	}
+	return slices.Contains(strings.Fields(string(text)), string(table)), nil
 }
 
 // commandError is a program that did not exit with 0.

@@ -71,7 +71,7 @@ func (k *kernel) read(ctx context.Context, f rule.Family, of ...rule.Table) (*ru
 
 // differs tells in words what of ours the kernel holds otherwise than wanted; empty if nothing.
 func (k *kernel) differs(ctx context.Context, want *rule.State) (string, error) {
-	is, err := k.read(ctx, want.Family, rule.Raw, rule.Mangle, rule.Filter)
+	is, err := k.read(ctx, want.Family, rule.Mangle, rule.Filter)
 	if err != nil {
 		return "", err
 	}
@@ -84,9 +84,9 @@ func (k *kernel) differs(ctx context.Context, want *rule.State) (string, error) 
 	}
 	differences(&list, "set", got.sets, wanted.sets, heldSet.equal)
 	for _, h := range want.Hooks {
-		there := slices.DeleteFunc(slices.Clone(is.Hooks), func(a rule.Hook) bool { return a.Table != h.Table })
-		if len(there) != 1 || there[0].Chain != h.Chain || !iptables.Equal(there[0].Rule, h.Rule) || there[0].Last && !h.Last {
-			list = append(list, fmt.Sprintf("%s: %d hooks, want one in %s: %v", h.Table, len(there), h.Chain, there))
+		there := slices.DeleteFunc(slices.Clone(is.Hooks), func(a rule.Hook) bool { return a.Table != h.Table || a.Chain != h.Chain })
+		if len(there) != 1 || !iptables.Equal(there[0].Rule, h.Rule) || there[0].Last && !h.Last {
+			list = append(list, fmt.Sprintf("%s: %d hooks in %s, want one: %v", h.Table, len(there), h.Chain, there))
 		}
 	}
 	slices.Sort(list)

@@ -286,7 +286,7 @@ func (b *bench) write(f rule.Family, s *rule.State) error {
 func (b *bench) changes(f rule.Family, s *rule.State) []iptables.Change {
 	var list []iptables.Change
 	now := map[rule.Table][]string{}
-	for _, table := range []rule.Table{rule.Raw, rule.Mangle, rule.Filter} {
+	for _, table := range []rule.Table{rule.Mangle, rule.Filter} {
 		c := iptables.Change{Table: table, Replace: s.Chains[table]}
 		wanted := map[string]bool{}
 		for _, chain := range s.Chains[table] {

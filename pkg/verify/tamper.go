@@ -16,7 +16,7 @@ func (k *kernel) tamper(ctx context.Context, d dice) (string, error) {
 	if d.chance(2) {
 		return k.tamperWithSets(f, d)
 	}
-	table := one(d, rule.Mangle, rule.Mangle, rule.Mangle, rule.Raw, rule.Filter)
+	table := one(d, rule.Mangle, rule.Mangle, rule.Mangle, rule.Filter)
 	a, err := k.tables[f].Save(ctx, table)
 	if err != nil {
 		return "", err
@@ -30,8 +30,8 @@ func (k *kernel) tamper(ctx context.Context, d dice) (string, error) {
 	}
 	slices.Sort(chains)
 	chain, builtIn := one(d, chains...), "FORWARD"
-	if table == rule.Raw {
-		builtIn = "PREROUTING"
+	if table == rule.Mangle && d.chance(4) {
+		builtIn = "INPUT"
 	}
 	nobody := map[rule.Family]string{rule.IPv4: "203.0.113.99", rule.IPv6: "2001:db8::99"}[f]
 	lines := one(d,

@@ -194,8 +194,12 @@ func (s *side) datagrams() (once func(load) (float64, error), done func(), err e
 		done()
 		return nil, nil, err
 	}
+	var out, in [smallPacket]byte
+	if err := answer(client, server, in[:]); err != nil {
+		done()
+		return nil, nil, err
+	}
 	return func(l load) (float64, error) {
-		var out, in [smallPacket]byte
 		for range l.packets {
 			if _, err := unix.Write(client, out[:]); err != nil {
 				return 0, fmt.Errorf("send: %w", err)
@@ -206,4 +210,22 @@ func (s *side) datagrams() (once func(load) (float64, error), done func(), err e
 		}
 		return float64(l.packets), nil
 	}, done, nil
+}
+
+// answer sends a packet each way: then the flow is an established one for conntrack.
+func answer(client, server int, buffer []byte) error {
+	if _, err := unix.Write(client, buffer); err != nil {
+		return fmt.Errorf("send: %w", err)
+	}
+	_, from, err := unix.Recvfrom(server, buffer, 0)
+	if err != nil {
+		return fmt.Errorf("receive: %w", err)
+	}
+	if err := unix.Sendto(server, buffer, 0, from); err != nil {
+		return fmt.Errorf("answer: %w", err)
+	}
+	if _, err := unix.Read(client, buffer); err != nil {
+		return fmt.Errorf("receive the answer: %w", err)
+	}
+	return nil
 }

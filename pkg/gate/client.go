@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,7 +49,7 @@ func Dial(ctx context.Context, stateDir string) (*Client, error) {
 			return conn, nil
 		case errors.Is(err, ErrAway):
 			away = err
-		case away != nil && ctx.Err() != nil: // the end came in the middle of a try
+		case away != nil && errors.Is(err, os.ErrDeadlineExceeded), away != nil && ctx.Err() != nil: // the end came in a try
 			return nil, away
 		default:
 			return nil, err

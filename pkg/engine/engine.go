@@ -59,7 +59,7 @@ const (
 	heartbeat    = 2 * time.Second
 	collectEvery = 30 * time.Second
 	// glanceEvery is how often the entries of the sets are counted that say who is here.
-	glanceEvery = time.Second
+	glanceEvery = 500 * time.Millisecond
 	// lookPause and portPause are how long after a look for damage the next one is, at least.
 	lookPause = 100 * time.Millisecond
 	portPause = 300 * time.Millisecond

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -24,12 +25,15 @@ type damage struct {
 	allLinks bool
 	links    map[string]bool
 	parts    map[dataplane.Part]bool
-	counts   bool // of the entries of all sets
+	counts   bool             // of the entries of all sets
+	later    []dataplane.Part // to be read without a reason
 	ports    bool
 }
 
 // some reports whether there is anything to look at, but for hostPorts.
-func (d *damage) some() bool { return d.allLinks || d.counts || len(d.links)+len(d.parts) > 0 }
+func (d *damage) some() bool {
+	return d.allLinks || d.counts || len(d.links)+len(d.parts)+len(d.later) > 0
+}
 
 // watchers notice what others change, as far as the kernel tells.
 type watchers struct {
@@ -82,11 +86,12 @@ func (e *Engine) compare(d *damage) {
 	announced := e.Backend == iptables.NFT && !e.unwatched.Load()
 	if !announced || e.RepairInterval < time.Minute || e.compared%thorough == 0 {
 		e.relist = true
-		for _, f := range rule.Families {
-			for _, table := range dataplane.Policies.Tables {
-				d.part(dataplane.Part{Family: f, Table: table})
+		if len(d.later) == 0 { // or the last comparison is not at its end
+			for _, table := range append([]rule.Table{""}, dataplane.Policies.Tables...) {
+				for _, f := range rule.Families {
+					d.later = append(d.later, dataplane.Part{Family: f, Table: table})
+				}
 			}
-			d.part(dataplane.Part{Family: f})
 		}
 	}
 	d.allLinks, d.counts, d.ports = true, true, true
@@ -133,34 +138,30 @@ func (e *Engine) glance(d *damage, peers bool) {
 	}
 }
 
-// repair looks at one of the places where damage may be, so that what happens meanwhile need not wait for all. It puts right what
-// it finds; for policies, the next pass does that.
+// repair looks where damage may be. What it looks at without a reason it takes one by one, so that what happens meanwhile need not
+// wait for all. It puts right what it finds; for policies, the next pass does that.
 func (e *Engine) repair(ctx context.Context, d *damage) {
 	switch {
 	case !e.started():
 		*d = damage{ports: d.ports} // everything is about to be read
-	case len(d.parts) > 0:
-		e.reread(ctx, d.next()...)
-	case d.counts:
-		d.counts = false
-		e.glance(d, true)
-	default:
+	case d.counts || len(d.parts) > 0:
+		if d.counts {
+			e.glance(d, true)
+		}
+		if len(d.parts) > 0 {
+			e.reread(ctx, slices.Collect(maps.Keys(d.parts))...)
+		}
+		d.counts, d.parts = false, nil
+	case d.allLinks || len(d.links) > 0:
 		e.repairLinks(ctx, *d)
 		d.allLinks, d.links = false, nil
+	case d.later[0].Table == "":
+		e.reread(ctx, d.later[:len(rule.Families)]...) // the sets of all families are read together
+		d.later = d.later[len(rule.Families):]
+	default:
+		e.reread(ctx, d.later[0])
+		d.later = d.later[1:]
 	}
-}
-
-// next takes out one part; those of sets together, for they are read together.
-func (d *damage) next() (parts []dataplane.Part) {
-	for p := range d.parts {
-		if len(parts) == 0 || p.Table == "" && parts[0].Table == "" {
-			parts = append(parts, p)
-		}
-	}
-	for _, p := range parts {
-		delete(d.parts, p)
-	}
-	return parts
 }
 
 // reread compares parts of the kernel with what is wanted there.

@@ -254,7 +254,7 @@ func (c *cacheOf[T]) take() map[string]T {
 	for key := range c.changed {
 		changed[strings.TrimPrefix(key, "/")] = c.items[key].object // nil if it is gone
 	}
-	clear(c.changed)
+	c.changed = map[string]bool{} // to clear it would leave it as large as the first list had made it, and slow to go through
 	return changed
 }
 

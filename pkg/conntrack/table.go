@@ -30,8 +30,9 @@ func (t table) begin(command int, family uint8, flags int) []byte {
 // errNoFilter means that the kernel cannot do a filtered deletion, or not as it should.
 var errNoFilter = errors.New("no filtered deletion")
 
-// dump returns the flows of a family, or of both with AF_UNSPEC, that match. A dump that the kernel marks as interrupted has missed nothing that was there
-// from its start to its end: the mark speaks of a table that was resized, and the dump is repeated then.
+// dump returns the flows of a family, or of both with AF_UNSPEC, that match. A dump that the kernel marks as interrupted has
+// missed nothing that was there from its start to its end: the mark speaks of a table that was resized, and the dump is repeated
+// then.
 func (t table) dump(family uint8, match func(Flow) bool) ([]Flow, error) {
 	const tries = 5
 	var err error

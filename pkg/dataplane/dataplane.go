@@ -218,7 +218,9 @@ func (p *Plane) Refresh(ctx context.Context, parts ...Part) (found []Difference,
 func (p *Plane) list() ([]rule.Set, error) { return p.sets.List(p.scope.SetPrefix) }
 
 // readFamily finds out what the kernel does not hold as wanted, in some parts if the others are known. List returns the sets.
-func (p *Plane) readFamily(ctx context.Context, f *family, parts []Part, list func() ([]rule.Set, error)) (found []Difference, err error) {
+func (p *Plane) readFamily(
+	ctx context.Context, f *family, parts []Part, list func() ([]rule.Set, error),
+) (found []Difference, err error) {
 	known, all := f.todo, !f.read || len(parts) == 0
 	asked := func(t rule.Table) bool { return all || slices.Contains(parts, Part{f.tables.Family, t}) }
 	f.read, f.todo = false, newTodo()

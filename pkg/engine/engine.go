@@ -65,11 +65,11 @@ const (
 	portPause = 300 * time.Millisecond
 	// portDelay keeps policyd out of the way of the plugin, whose own work on hostPort's rules is noticed too.
 	portDelay = 150 * time.Millisecond
-	// passPause is how long after a pass a change in the cluster waits, for others to come: where pods elsewhere come and go all the
-	// time, a pass and what wakes up for it costs more than the change. Records and the plugin wait for nothing.
+	// passPause is how long after a pass a change in the cluster waits, for others to come: where pods elsewhere come and go all
+	// the time, a pass and what wakes up for it costs more than the change. Records and the plugin wait for nothing.
 	passPause = 25 * time.Millisecond
-	// A reading of the flows takes as long as the table is large, so the pause after it, where nobody waits for the next, is judgeRest
-	// times what it took, and within these.
+	// A reading of the flows takes as long as the table is large, so the pause after it, where nobody waits for the next, is
+	// judgeRest times what it took, and within these.
 	judgeRest     = 100
 	judgePause    = 250 * time.Millisecond
 	judgePauseMax = time.Second

@@ -24,8 +24,8 @@ import (
 // their way while the rules changed.
 
 // suspects are addresses whose live flows may have to end. Those of a change are gathered with it (suspect) and kept until a pass
-// has succeeded. They become unjudged with whatever is taken away in the kernel, also by a write that failed and may have been done
-// all the same, or that put right what may have been open (due); without it nothing was lost, and they are let go.
+// has succeeded. They become unjudged with whatever is taken away in the kernel, also by a write that failed and may have been
+// done all the same, or that put right what may have been open (due); without it nothing was lost, and they are let go.
 type suspects struct {
 	due       bool // something was taken away in the kernel
 	all       bool // any address of this node's pods

@@ -138,8 +138,8 @@ func (e *Engine) glance(d *damage, peers bool) {
 	}
 }
 
-// repair looks where damage may be. What it looks at without a reason it takes one by one, so that what happens meanwhile need not
-// wait for all. It puts right what it finds; for policies, the next pass does that.
+// repair looks where damage may be. What it looks at without a reason it takes one by one, so that what happens meanwhile need
+// not wait for all. It puts right what it finds; for policies, the next pass does that.
 func (e *Engine) repair(ctx context.Context, d *damage) {
 	switch {
 	case !e.started():

@@ -117,8 +117,8 @@ func (e *Engine) account(d policy.Delta, begin time.Time, r dataplane.Result, fa
 		if r.Restores == 0 {
 			level = slog.LevelDebug // pods elsewhere come and go all the time
 		}
-		e.Log.Log(context.Background(), level, "applied", "took", now.Sub(begin).Round(10*time.Microsecond), "restores", r.Restores, "chains", r.Chains,
-			"setMessages", r.SetMessages)
+		e.Log.Log(context.Background(), level, "applied", "took", now.Sub(begin).Round(10*time.Microsecond), "restores",
+			r.Restores, "chains", r.Chains, "setMessages", r.SetMessages)
 	}
 }
 

@@ -198,7 +198,8 @@ func (x *Index) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint
 func (x *Index) Update(c Changes) Delta {
 	u := &update{Index: x, delta: Delta{Groups: map[*Group]*GroupChange{}, Blocks: map[*Blocks]bool{},
 		served: x.served},
-		touched: map[netip.Addr]map[*Group]bool{}, asked: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{}, reclaim: map[*pod]bool{}}
+		touched: map[netip.Addr]map[*Group]bool{}, asked: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{},
+		reclaim: map[*pod]bool{}}
 	for name, ns := range c.Namespaces {
 		u.namespace(name, ns)
 	}
@@ -501,7 +502,7 @@ func (u *update) claimByStatus(p *pod) {
 	p.addresses = now
 }
 
-// regroup decides for every touched address which groups it is a member of, and for others about the groups that they are asked by.
+// regroup decides for every touched address which groups it is a member of, and for others about the groups that may ask for them.
 func (u *update) regroup() {
 	for a := range u.touched {
 		u.leadTo(a)

@@ -16,11 +16,10 @@ import (
 
 // work is one Apply of one family.
 type work struct {
-	ctx     context.Context
-	plane   *Plane
-	f       *family
-	result  *Result
-	created map[string]bool // sets that no rule looks into yet
+	ctx    context.Context
+	plane  *Plane
+	f      *family
+	result *Result
 	// interim are chains of table mangle with other rules than the wanted ones, until open sets are complete.
 	interim map[string][]rule.Rule
 	// instead are sets that stand in, until the end, for those whose names are taken.
@@ -28,18 +27,22 @@ type work struct {
 }
 
 func newWork(ctx context.Context, p *Plane, f *family, r *Result) *work {
-	return &work{ctx: ctx, plane: p, f: f, result: r, created: map[string]bool{}, interim: map[string][]rule.Rule{},
+	return &work{ctx: ctx, plane: p, f: f, result: r, interim: map[string][]rule.Rule{},
 		instead: map[string]string{}}
+}
+
+// read finds out what the kernel holds, unless that is known. List returns the sets.
+func (w *work) read(list func() ([]rule.Set, error)) error {
+	if w.f.read {
+		return nil
+	}
+	_, err := w.plane.readFamily(w.ctx, w.f, nil, list)
+	w.result.Reread = w.result.Reread || err == nil
+	return err
 }
 
 // untilRules does everything up to the rules and what joins open and peer sets.
 func (w *work) untilRules() error {
-	if !w.f.read {
-		if _, err := w.plane.readFamily(w.ctx, w.f, nil, w.plane.list); err != nil {
-			return err
-		}
-		w.result.Reread = true
-	}
 	if w.f.todo.empty() {
 		return nil
 	}
@@ -112,11 +115,13 @@ func (w *work) prepare(s *set) error {
 			return err
 		}
 		w.f.held[s.Name] = s.Type
+		if s.Role != rule.Ready {
+			return w.fill(s)
+		}
 		w.f.todo.entries[s.Name] = s.due()
-		w.created[s.Name] = true
 	}
 	delete(w.f.todo.sets, s.Name)
-	if s.Role == rule.Local || w.created[s.Name] && s.Role != rule.Ready {
+	if s.Role == rule.Local {
 		return w.join(s)
 	}
 	if s.Role == rule.Open {
@@ -131,6 +136,23 @@ func (w *work) create(s rule.Set, name string, room int) error {
 	}
 	s.Name = name
 	return w.plane.sets.Create(s, room)
+}
+
+// fill puts everything into a set that has just been created. Without the list of what is to be done that other sets have: peers
+// can be tens of thousands.
+func (w *work) fill(s *set) error {
+	if entries := slices.Collect(s.has.all()); len(entries) > 0 {
+		err := w.plane.fail("join")
+		if err == nil {
+			err = w.plane.sets.Add(s.Name, entries...)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	delete(w.f.todo.sets, s.Name)
+	delete(w.f.todo.entries, s.Name)
+	return nil
 }
 
 // join adds what is wanted and may not be there. A set without room for it is replaced by a larger one at once.

@@ -119,14 +119,20 @@ func (p *Plane) Apply(ctx context.Context, judge func(Result) error) (result Res
 			errs = append(errs, fmt.Errorf("%s: %w", w.f.tables.Family, err))
 		}
 	}
+	list := sync.OnceValues(p.list) // both families' at once, before the first is written
 	for _, v := range rule.Families {
 		w := newWork(ctx, p, p.family[v], &result)
-		err := w.untilRules()
+		err := w.read(list)
 		failed(w, err)
 		if err == nil {
 			works = append(works, w)
 		}
 	}
+	works = slices.DeleteFunc(works, func(w *work) bool {
+		err := w.untilRules()
+		failed(w, err)
+		return err != nil
+	})
 	if judge != nil {
 		if err := judge(result); err != nil {
 			return result, errors.Join(append(errs, err)...)

@@ -72,7 +72,7 @@ const (
 	// judgeRest times what it took, and within these.
 	judgeRest     = 100
 	judgePause    = 250 * time.Millisecond
-	judgePauseMax = time.Second
+	judgePauseMax = 500 * time.Millisecond
 	// applyLimit is how long one pass may write.
 	applyLimit = 45 * time.Second
 	retryFirst = 100 * time.Millisecond

@@ -205,11 +205,15 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 	e.pulse()
 	for {
 		pass := false
+		source := e.Source.Changes()
+		if changes.due != nil {
+			source = nil // a pass comes in any case
+		}
 		select {
 		case <-ctx.Done():
 			_ = e.judge(true) // it has reported its error, and who is next judges all
 			return
-		case <-e.Source.Changes():
+		case <-source:
 			if pass = changes.rested(); !pass {
 				changes.ask()
 			}

@@ -47,8 +47,8 @@ type effort struct {
 // sizes are those of the cluster, one after the other, the same objects and more.
 func sizes(env table.Env) []effort {
 	if env.Quick {
-		return []effort{{pods: 2000, joins: 60, policies: 5, starts: 3, settling: 3 * time.Second, idle: 5 * time.Second,
-			busy: 5 * time.Second, marked: true, mebibytes: 64, restarts: 1, warmJoins: 10, warmPolicies: 1, rate: 100}}
+		return []effort{{pods: 2000, joins: 60, policies: 5, starts: 3, settling: 3 * time.Second, idle: 10 * time.Second,
+			busy: 10 * time.Second, marked: true, mebibytes: 64, restarts: 1, warmJoins: 10, warmPolicies: 1, rate: 100}}
 	}
 	rows := effort{pods: 10_000, joins: 400, policies: 20, starts: 7, settling: time.Minute, idle: time.Minute, busy: time.Minute,
 		marked: true, mebibytes: 64, restarts: 3, curves: true, warmJoins: 20, warmPolicies: 2, rate: 100}

@@ -391,6 +391,10 @@ func (w *work) ruleChanges(refused map[string]bool) (changes []iptables.Change) 
 	for _, table := range w.plane.scope.Tables {
 		c := iptables.Change{Table: table}
 		for _, name := range sortedKeys(w.f.todo.chains[table]) {
+			if tail := w.f.tails[table][name]; tail != nil {
+				c.Append = append(c.Append, rule.Chain{Name: name, Rules: tail})
+				continue
+			}
 			if rules, wanted := w.rulesNow(table, name); wanted {
 				if refused[name] {
 					rules = closed(table, "because iptables refused its rules")

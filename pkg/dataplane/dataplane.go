@@ -378,11 +378,13 @@ var Policies = Scope{
 }
 
 // WriteRules makes one family's chains and hooks of a scope what the state says, with at most one restore, whatever they were.
-// The scope has no sets.
+// The scope has no sets. To chains that lack rules at their ends alone these are added: on nft, a commit that removes nothing
+// takes a sixth of the time.
 func WriteRules(ctx context.Context, t *iptables.Tables, scope Scope, want *rule.State) error {
 	p := &Plane{scope: scope}
 	w := newWork(ctx, p, newFamily(t), &Result{})
 	w.f.replace(want)
+	w.f.tails = map[rule.Table]map[string][]rule.Rule{}
 	if _, err := p.readFamily(ctx, w.f, nil, p.list); err != nil {
 		return err
 	}

@@ -318,6 +318,59 @@ func TestCleanupLeavesNothingOfOursAndEverythingOfOthers(t *testing.T) {
 	})
 }
 
+// On nft a commit that removes something takes many times as long as one that only adds.
+func TestRulesThatLackAtTheEndOfAChainAreAdded(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		ns := nettest.NewNS(t, "node")
+		ns.Do(t, func() {
+			tables, err := iptables.New(iptables.Backend(backend), rule.IPv4)
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain := func(sources ...string) string {
+				t.Helper()
+				c := rule.Chain{Name: "POSTERN-HOSTPORT"}
+				for _, source := range sources {
+					c.Rules = append(c.Rules, rule.Rule{Matches: []rule.Match{rule.Source{Prefix: netip.MustParsePrefix(source)}},
+						Action: rule.Return{}})
+				}
+				err := WriteRules(t.Context(), tables, HostPorts, &rule.State{Family: rule.IPv4,
+					Chains: map[rule.Table][]rule.Chain{rule.NAT: {c}},
+					Hooks: []rule.Hook{{Table: rule.NAT, Chain: "PREROUTING",
+						Rule: rule.Rule{Action: rule.Jump{Chain: "POSTERN-HOSTPORT"}}}}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				var found []string
+				for line := range strings.Lines(ns.Run(t, "iptables-"+backend+"-save", "-c", "-t", "nat")) {
+					if counters, text, is := strings.Cut(line, " -A POSTERN-HOSTPORT -s "); is {
+						found = append(found, counters+" "+strings.Fields(text)[0])
+					}
+				}
+				return strings.Join(found, ", ")
+			}
+			chain("10.0.0.1/32")
+			ns.Run(t, "iptables-"+backend, "-t", "nat", "-R", "POSTERN-HOSTPORT", "1", "-s", "10.0.0.1/32", "-j", "RETURN",
+				"-c", "7", "700")
+			for _, step := range []struct {
+				sources []string
+				want    string
+			}{
+				{[]string{"10.0.0.1/32", "10.0.0.2/32"}, "[7:700] 10.0.0.1/32, [0:0] 10.0.0.2/32"}, // what was there is untouched
+				{[]string{"10.0.0.1/32", "10.0.0.3/32"}, "[0:0] 10.0.0.1/32, [0:0] 10.0.0.3/32"},
+				{[]string{"10.0.0.3/32"}, "[0:0] 10.0.0.3/32"},
+				{[]string{"10.0.0.4/32", "10.0.0.3/32"}, "[0:0] 10.0.0.4/32, [0:0] 10.0.0.3/32"},
+				{nil, ""},
+				{[]string{"10.0.0.5/32"}, "[0:0] 10.0.0.5/32"},
+			} {
+				if got := chain(step.sources...); got != step.want {
+					t.Errorf("%v: the chain has %s, want %s", step.sources, got, step.want)
+				}
+			}
+		})
+	})
+}
+
 // An older layout has another type of set under a name that is wanted, in use.
 func TestALayoutIsUpgradedWhereverItWasInterrupted(t *testing.T) {
 	nettest.Backends(t, func(t *testing.T, backend string) {

@@ -22,6 +22,9 @@ type family struct {
 	// misfits are the entries of those that stand under a wanted name with another type.
 	misfits map[string][]rule.Entry
 	todo    *todo
+	// tails are the rules that chains lack at their ends, where they lack nothing else. They are noted where what was read is
+	// written at once; nil elsewhere, for by then somebody may have changed the chain.
+	tails map[rule.Table]map[string][]rule.Rule
 }
 
 // set is a wanted one; its Entries are in has.
@@ -197,6 +200,12 @@ func (f *family) compareTable(table rule.Table, is *iptables.Actual, known *todo
 			differs(name, "is gone", create)
 		case !slices.EqualFunc(rules, got, iptables.Equal):
 			differs(name, "has other rules", rewrite)
+			if n := len(got); f.tails != nil && n < len(rules) && slices.EqualFunc(rules[:n], got, iptables.Equal) {
+				if f.tails[table] == nil {
+					f.tails[table] = map[string][]rule.Rule{}
+				}
+				f.tails[table][name] = rules[n:]
+			}
 		}
 	}
 	for name := range is.Chains {

@@ -29,7 +29,7 @@ type size struct {
 
 func sizeOf(quick bool) size {
 	if quick {
-		return size{pods: 110, rounds: 15, levels: []int{10, 1000}, adds: 15, starts: 50}
+		return size{pods: 110, rounds: 12, levels: []int{10, 1000}, adds: 12, starts: 50}
 	}
 	return size{pods: 110, rounds: 200, levels: []int{10, 50, 110, 250, 500, 750, 1000}, adds: 100, starts: 500}
 }

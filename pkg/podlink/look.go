@@ -175,7 +175,8 @@ func allEnds() (map[string]*end, error) {
 // skipStats leaves the counters out of what the kernel says about links (RTEXT_FILTER_SKIP_STATS, linux/rtnetlink.h).
 const skipStats = 1 << 3
 
-// dump calls each for every object of a kind, with its header of a length, in the namespace of the calling thread.
+// dump calls each for every object of a kind, with its header of a length, in the namespace of the calling thread. The attributes
+// are each's only until it returns; their values stay.
 func dump(typ, family, length int, each func(header []byte, a attributes)) error {
 	messages, err := whole(func() ([][]byte, error) {
 		request := nl.NewNetlinkRequest(typ, unix.NLM_F_DUMP)
@@ -190,11 +191,12 @@ func dump(typ, family, length int, each func(header []byte, a attributes)) error
 	if err != nil {
 		return err
 	}
+	a := attributes{}
 	for _, m := range messages {
 		if len(m) < length {
 			return fmt.Errorf("a message of %d bytes, where its header has %d", len(m), length)
 		}
-		a := attributes{}
+		clear(a)
 		nlevents.Attributes(m[length:], func(typ uint16, value []byte) { a[typ] = value })
 		each(m, a)
 	}

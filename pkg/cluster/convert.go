@@ -39,7 +39,7 @@ func addresses(podIPs []string, podIP string) []netip.Addr {
 	}
 	var list []netip.Addr
 	for _, text := range podIPs {
-		if a, err := netip.ParseAddr(text); err == nil && !slices.Contains(list, a.Unmap()) {
+		if a, err := netip.ParseAddr(text); err == nil && a.Zone() == "" && !slices.Contains(list, a.Unmap()) {
 			list = append(list, a.Unmap())
 		}
 	}

@@ -177,26 +177,23 @@ func (x *Index) fill(groups []*Group) {
 			continue
 		}
 		for _, p := range ns.pods {
-			for _, by := range here {
-				if by.matches(p) {
-					x.addressesOf(p, func(a netip.Addr) { x.put(by.group, p, a) })
+			x.addressesOf(p, func(a netip.Addr) {
+				owners := x.owners(a)
+				alone := len(owners) == 1 && owners[0] == p
+				for _, by := range here {
+					if !by.matches(p) {
+						continue
+					}
+					number, in := by.group.number(p)
+					if !alone {
+						number, in = x.member(by.group, owners)
+					}
+					if in {
+						by.group.members.Put(a, number)
+					}
 				}
-			}
+			})
 		}
-	}
-}
-
-// put makes an address of a selected pod a member of a group, if all its owners are selected.
-func (x *Index) put(g *Group, selected *pod, a netip.Addr) {
-	owners := x.owners(a)
-	number, in := uint16(0), false
-	if len(owners) == 1 && owners[0] == selected {
-		number, in = g.number(selected)
-	} else {
-		number, in = x.member(g, owners)
-	}
-	if in {
-		g.members.Put(a, number)
 	}
 }
 

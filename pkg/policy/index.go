@@ -11,6 +11,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
+	"github.com/postern-cni/postern/pkg/addrmap"
 	"github.com/postern-cni/postern/pkg/object"
 )
 
@@ -26,7 +27,7 @@ type Index struct {
 	policies   int
 	problems   map[string]Problem // by policy
 	// claims are who says that an address is his.
-	claims map[netip.Addr][]claim
+	claims addrmap.Map[[]claim]
 
 	// What the policies share that select a local pod.
 	groups  map[string]*Group
@@ -112,8 +113,8 @@ type GroupChange struct {
 func NewIndex() *Index {
 	return &Index{
 		pods: map[string]*pod{}, namespaces: map[string]*namespace{}, local: map[string]*Guarded{}, problems: map[string]Problem{},
-		claims: map[netip.Addr][]claim{}, groups: map[string]*Group{}, anchors: map[anchor]map[*Group]bool{},
-		asking: map[string]map[*Group]bool{}, blocks: map[string]*Blocks{},
+		groups: map[string]*Group{}, anchors: map[anchor]map[*Group]bool{}, asking: map[string]map[*Group]bool{},
+		blocks: map[string]*Blocks{},
 	}
 }
 
@@ -177,7 +178,8 @@ func (x *Index) Addresses() []netip.Addr {
 // At returns the interface of this node that has an address, nil if none has. Of several, one that is ready.
 func (x *Index) At(a netip.Addr) *Guarded {
 	var best *Guarded
-	for _, c := range x.claims[a] {
+	claims, _ := x.claims.Get(a)
+	for _, c := range claims {
 		g := x.local[c.link]
 		switch {
 		case g == nil:
@@ -249,7 +251,7 @@ func (x *Index) forget(name string) {
 // beats any status. Nobody is an owner where a claim is made for somebody who is no peer: an attached pod that is not known, one
 // that has ended or that uses its node's network.
 func (x *Index) owners(a netip.Addr) []*pod {
-	claims := x.claims[a]
+	claims, _ := x.claims.Get(a)
 	recorded := slices.ContainsFunc(claims, func(c claim) bool { return c.link != "" })
 	owners := make([]*pod, 0, len(claims))
 	for _, c := range claims {
@@ -289,7 +291,7 @@ type update struct {
 }
 
 func (u *update) touch(a netip.Addr) {
-	if u.touched[a] == nil {
+	if u.touched[a] == nil && len(u.groups) > 0 { // new groups look for their members by themselves
 		u.touched[a] = map[*Group]bool{}
 		u.leadTo(a)
 	}
@@ -469,15 +471,21 @@ func (u *update) link(l Local) {
 	}
 	for _, a := range l.Addresses {
 		u.touch(a)
-		u.claims[a] = append(u.claims[a], claim{owner, l.Interface})
+		u.claim(a, claim{owner, l.Interface})
 	}
 }
 
+func (u *update) claim(a netip.Addr, c claim) {
+	claims, _ := u.claims.Get(a)
+	u.claims.Put(a, append(claims, c))
+}
+
 func (u *update) unclaim(a netip.Addr, which func(claim) bool) {
-	rest := slices.DeleteFunc(u.claims[a], which)
-	u.claims[a] = rest
-	if len(rest) == 0 {
-		delete(u.claims, a)
+	claims, _ := u.claims.Get(a)
+	if rest := slices.DeleteFunc(claims, which); len(rest) > 0 {
+		u.claims.Put(a, rest)
+	} else {
+		u.claims.Delete(a)
 	}
 }
 
@@ -497,7 +505,7 @@ func (u *update) claimByStatus(p *pod) {
 	}
 	for _, a := range now {
 		u.touch(a)
-		u.claims[a] = append(u.claims[a], claim{pod: p})
+		u.claim(a, claim{pod: p})
 	}
 	p.addresses = now
 }

@@ -197,7 +197,7 @@ func (x *Index) Model() *Model {
 	m := &Model{at: map[netip.Addr]*Guarded{}}
 	m.Pods = slices.SortedFunc(maps.Values(x.local), func(a, b *Guarded) int { return strings.Compare(a.Interface, b.Interface) })
 	m.Ranges, m.Problems = x.ranges, x.Problems()
-	for a := range x.claims {
+	for a := range x.claims.All() {
 		if g := x.At(a); g != nil {
 			m.at[a] = g
 		}

@@ -230,8 +230,8 @@ func serve(
 	return nil
 }
 
-// Garbage of a policyd that has read everything: there is little of it, and what is kept is most of its memory. So collecting twice as
-// often costs little and saves a quarter of that.
+// A policyd that has read everything makes little garbage, and what it keeps is most of its memory: collecting twice as often costs
+// little, and saves a quarter of that.
 const (
 	settledPercent = 50 // GOGC, unless it is set
 	settleAfter    = 2 * time.Second

@@ -75,8 +75,8 @@ func FromAPI(config *rest.Config) (*API, error) {
 }
 
 // streams sets up connections for long streams of which the beginning is large: a connection for each, without HTTP/2, whose
-// reader answers every few KiB with frames that both sides encrypt; and without compression, which costs the API server more than it
-// saves. Keepalives stand in for HTTP/2's pings: that a server has gone without a word is noticed within a minute.
+// reader answers every few KiB with frames that both sides encrypt; and without compression, which costs the API server more than
+// it saves. Keepalives stand in for HTTP/2's pings: that a server has gone without a word is noticed within a minute.
 func streams(config *rest.Config) {
 	config.DisableCompression = true
 	config.NextProtos = []string{"http/1.1"}

@@ -8,8 +8,8 @@ import (
 )
 
 // lately shares what a pod has in common with those that came before it: a cluster has many pods, and few namespaces, nodes and
-// lists of ports. It remembers a fixed number of them, so it needs no account of who still uses which, and what it has forgotten is
-// only kept once more.
+// lists of ports. It remembers a fixed number of them, so it needs no account of who still uses which, and what it has forgotten
+// is only kept once more.
 type lately struct {
 	seed  maphash.Seed
 	words [4096]string

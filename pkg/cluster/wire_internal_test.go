@@ -133,7 +133,7 @@ func TestAPodThatIsCutIsAnError(t *testing.T) {
 	}
 }
 
-// FuzzPod reads anything as a Pod's protobuf: without a panic, and where the API's own decoder takes it too, with the same result.
+// FuzzPod reads anything as a Pod's protobuf: without a panic, and where the API's own decoder takes it too, with its result.
 func FuzzPod(f *testing.F) {
 	fill := maker(3)
 	for range 20 {

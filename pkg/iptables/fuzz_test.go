@@ -311,8 +311,9 @@ func (d dice) cluster(name, value, port string) object.Cluster {
 	c := object.Cluster{Namespaces: []*object.Namespace{{Name: "a", Labels: map[string]string{"x": value}}}}
 	for i := range 1 + d.IntN(3) {
 		c.Pods = append(c.Pods, &object.Pod{
-			Namespace: "a", Name: fmt.Sprint(name, i), UID: one(d, "", fmt.Sprint(value, i)), Labels: object.LabelsOf(map[string]string{"app": value}),
-			IPs: []netip.Addr{netip.MustParseAddr(fmt.Sprintf("10.0.0.%d", i+1)), netip.MustParseAddr(fmt.Sprintf("fd00::%d", i+1))},
+			Namespace: "a", Name: fmt.Sprint(name, i), UID: one(d, "", fmt.Sprint(value, i)),
+			Labels: object.LabelsOf(map[string]string{"app": value}),
+			IPs:    []netip.Addr{netip.MustParseAddr(fmt.Sprintf("10.0.0.%d", i+1)), netip.MustParseAddr(fmt.Sprintf("fd00::%d", i+1))},
 			Ports: []object.Port{{Name: port, Protocol: one(d, corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP),
 				Number: uint16(1 + d.IntN(65535))}},
 		})

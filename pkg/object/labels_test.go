@@ -16,7 +16,8 @@ import (
 // Labels are what a map with them is, also to a selector.
 func TestLabelsAreThoseOfTheMap(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
-	words := []string{"", "a", "b", "app", "a\x00b", "app.kubernetes.io/name", "\x01", strings.Repeat("long", 32), strings.Repeat("x", 20000)}
+	words := []string{"", "a", "b", "app", "a\x00b", "app.kubernetes.io/name", "\x01", strings.Repeat("long", 32),
+		strings.Repeat("x", 20000)}
 	word := func() string { return words[r.IntN(len(words))] }
 	selector, err := labels.Parse("app in (a, b), !b")
 	if err != nil {
@@ -58,7 +59,9 @@ func TestLabelsAreThoseOfTheMap(t *testing.T) {
 
 func TestOtherLabelsAreNotEqual(t *testing.T) {
 	all := map[object.Labels]string{}
-	for _, m := range []map[string]string{nil, {"": ""}, {"a": ""}, {"": "a"}, {"a": "b"}, {"a": "b", "": ""}, {"ab": ""}, {"a\x00b": ""}} {
+	for _, m := range []map[string]string{
+		nil, {"": ""}, {"a": ""}, {"": "a"}, {"a": "b"}, {"a": "b", "": ""}, {"ab": ""}, {"a\x00b": ""},
+	} {
 		l := object.LabelsOf(m)
 		if other, there := all[l]; there {
 			t.Errorf("%v and %s are the same", m, other)

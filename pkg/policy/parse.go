@@ -68,8 +68,8 @@ func asking(s labels.Selector) *asked {
 	return a
 }
 
-// matches reports whether labels are as asked. To look for one first is several times faster than the selector, which most of what
-// is in a large cluster does not match.
+// matches reports whether labels are as asked. To look for one first is several times faster than the selector, which most of
+// what is in a large cluster does not match.
 func (a *asked) matches(l labels.Labels) bool {
 	return (a.key == "" || l.Get(a.key) == a.value) && a.Matches(l)
 }

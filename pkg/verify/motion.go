@@ -238,9 +238,10 @@ func (m *mover) newPod(s *step) {
 	if m.crowded {
 		names = 40
 	}
-	pod := &object.Pod{Namespace: one(m.dice, namespaces...), Name: fmt.Sprintf("p%02d", m.IntN(names)), Labels: object.LabelsOf(m.labels()),
-		UID:  one(m.dice, "", fmt.Sprintf("uid-%d", m.count), fmt.Sprintf("uid-%d", m.count)),
-		Node: one(m.dice, thisNode, thisNode, thisNode, "other", "other")}
+	pod := &object.Pod{Namespace: one(m.dice, namespaces...), Name: fmt.Sprintf("p%02d", m.IntN(names)),
+		Labels: object.LabelsOf(m.labels()),
+		UID:    one(m.dice, "", fmt.Sprintf("uid-%d", m.count), fmt.Sprintf("uid-%d", m.count)),
+		Node:   one(m.dice, thisNode, thisNode, thisNode, "other", "other")}
 	if m.crowded && !m.chance(3) {
 		pod.Node = thisNode
 	}

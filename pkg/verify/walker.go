@@ -158,7 +158,7 @@ func (w *walker) compareWithFresh(ctx context.Context) error {
 		return err
 	}
 	w.mu.Lock()
-	w.broken = nil
+	w.broken, w.inForce, w.lookIn = nil, false, 0 // there are no rules yet to look at
 	w.mu.Unlock()
 	if err := w.start(); err != nil {
 		return err

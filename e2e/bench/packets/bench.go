@@ -113,7 +113,7 @@ func (b *bench) turns(ctx context.Context) error {
 				if s.rates[kind] == nil {
 					continue
 				}
-				rate, err := s.measure(kind, b.size.load)
+				rate, err := s.measure(kind, s.pairs[round%len(s.pairs)], b.size.load)
 				if err != nil {
 					return fmt.Errorf("%s, %d pods, guarded %t: %w", kind, s.pods, s.guarded, err)
 				}
@@ -155,8 +155,8 @@ func (b *bench) lines() {
 	}
 	if b.env.Rows[15] {
 		for _, part := range []struct{ kind, unit, explain string }{
-			{large, "GB/s", fmt.Sprintf("TCP, %d MiB a round in writes of %d KiB, which the kernel carries as packets as large as they "+
-				"may be.", b.size.load.chunks*chunk>>20, chunk>>10)},
+			{large, "GB/s", fmt.Sprintf("TCP, %d MiB a round in bursts of %d KiB, which the kernel carries in packets as large as they "+
+				"may be.", b.size.load.bursts*burst>>20, burst>>10)},
 			{small, "packets/s", fmt.Sprintf("UDP with %d bytes in each packet, one way, %d packets a round: the whole way from one "+
 				"socket to the other.", smallPacket, b.size.load.packets)},
 		} {

@@ -23,26 +23,27 @@ const (
 const (
 	smallPacket = 64       // bytes of data
 	chunk       = 64 << 10 // bytes of a write
+	burst       = 1 << 20  // bytes that are under way at a time
 	priority    = -20      // nice, of the thread that measures
 )
 
 // load is what is done in one turn.
-type load struct{ connections, chunks, packets int }
+type load struct{ connections, bursts, packets int }
 
-var fullLoad = load{connections: 1000, chunks: 1024, packets: 10000}
+var fullLoad = load{connections: 1000, bursts: 64, packets: 10000}
 
 // warm is what comes before it, unmeasured, for the caches.
 func (l load) warm() load {
 	const part = 10
-	return load{max(1, l.connections/part), max(1, l.chunks/part), max(1, l.packets/part)}
+	return load{max(1, l.connections/part), max(1, l.bursts/part), max(1, l.packets/part)}
 }
 
-// measure does a load of a kind between the side's pods, and returns its rate.
-func (s *side) measure(kind string, l load) (rate float64, err error) {
+// measure does a load of a kind between a pair of pods, and returns its rate.
+func (s *side) measure(kind string, p pair, l load) (rate float64, err error) {
 	if err := s.node.In(forgetFlows); err != nil {
 		return 0, err
 	}
-	err = world.In(s.client.netns, func() error { // on a thread that ends with this, for the client opens sockets there
+	err = world.In(p.client.netns, func() error { // on a thread that ends with this, for the client opens sockets there
 		if err := alone(); err != nil {
 			return err
 		}
@@ -50,11 +51,11 @@ func (s *side) measure(kind string, l load) (rate float64, err error) {
 		var done func()
 		switch kind {
 		case connections:
-			once, done, err = s.connect()
+			once, done, err = p.connect()
 		case large:
-			once, done, err = s.stream()
+			once, done, err = p.stream()
 		case small:
-			once, done, err = s.datagrams()
+			once, done, err = p.datagrams()
 		}
 		if err != nil {
 			return err
@@ -90,12 +91,15 @@ func forgetFlows() error {
 }
 
 // serve opens the server's socket.
-func (s *side) serve(kind int) (fd int, err error) {
-	err = world.In(s.server.netns, func() (err error) {
+func (p pair) serve(kind int) (fd int, err error) {
+	err = world.In(p.server.netns, func() (err error) {
 		if fd, err = socket(kind); err != nil {
 			return err
 		}
-		if err := unix.Bind(fd, address(s.server.addr)); err != nil {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+			return errors.Join(err, unix.Close(fd))
+		}
+		if err := unix.Bind(fd, address(p.server.addr)); err != nil {
 			return errors.Join(err, unix.Close(fd))
 		}
 		if kind == unix.SOCK_STREAM {
@@ -111,12 +115,12 @@ func socket(kind int) (int, error) { return unix.Socket(unix.AF_INET, kind|unix.
 func address(a netip.Addr) *unix.SockaddrInet4 { return &unix.SockaddrInet4{Addr: a.As4(), Port: port} }
 
 // connect opens connections, one after the other, and aborts each, so that no end lingers (TIME_WAIT).
-func (s *side) connect() (once func(load) (float64, error), done func(), err error) {
-	listener, err := s.serve(unix.SOCK_STREAM)
+func (p pair) connect() (once func(load) (float64, error), done func(), err error) {
+	listener, err := p.serve(unix.SOCK_STREAM)
 	if err != nil {
 		return nil, nil, err
 	}
-	to := address(s.server.addr)
+	to := address(p.server.addr)
 	one := func() error {
 		client, server, err := dial(listener, to)
 		if err != nil {
@@ -149,39 +153,49 @@ func dial(listener int, to unix.Sockaddr) (client, server int, err error) {
 	return client, server, nil
 }
 
-// stream writes a chunk into a connection and reads it at the other end, and so on: the data stay in the processor's caches.
-func (s *side) stream() (once func(load) (float64, error), done func(), err error) {
-	listener, err := s.serve(unix.SOCK_STREAM)
+// stream writes into a connection until it takes no more or a burst is written, reads that at the other end, and so on: the data
+// stay in the processor's caches, and packets are as large as they get.
+func (p pair) stream() (once func(load) (float64, error), done func(), err error) {
+	listener, err := p.serve(unix.SOCK_STREAM)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer unix.Close(listener)
-	client, server, err := dial(listener, address(s.server.addr))
+	client, server, err := dial(listener, address(p.server.addr))
 	if err != nil {
 		return nil, nil, err
 	}
-	out, in := make([]byte, chunk), make([]byte, chunk)
+	data := make([]byte, chunk)
 	once = func(l load) (float64, error) {
-		for range l.chunks {
-			if n, err := unix.Write(client, out); n < chunk || err != nil {
-				return 0, fmt.Errorf("send %d bytes: %d, %w", chunk, n, err)
-			}
-			for heard := 0; heard < chunk; {
-				n, err := unix.Read(server, in)
-				if err != nil {
-					return 0, fmt.Errorf("receive: %w", err)
+		for range l.bursts {
+			for written, read := 0, 0; read < burst; {
+				for written < burst {
+					n, err := unix.SendmsgN(client, data[:min(chunk, burst-written)], nil, nil, unix.MSG_DONTWAIT)
+					if errors.Is(err, unix.EAGAIN) {
+						break
+					}
+					if err != nil {
+						return 0, fmt.Errorf("send: %w", err)
+					}
+					written += n
 				}
-				heard += n
+				for read < written {
+					n, err := unix.Read(server, data)
+					if err != nil {
+						return 0, fmt.Errorf("receive: %w", err)
+					}
+					read += n
+				}
 			}
 		}
-		return float64(l.chunks*chunk) / 1e9, nil
+		return float64(l.bursts*burst) / 1e9, nil
 	}
 	return once, func() { unix.Close(client); unix.Close(server) }, nil
 }
 
 // datagrams sends small packets, and receives each before the next.
-func (s *side) datagrams() (once func(load) (float64, error), done func(), err error) {
-	server, err := s.serve(unix.SOCK_DGRAM)
+func (p pair) datagrams() (once func(load) (float64, error), done func(), err error) {
+	server, err := p.serve(unix.SOCK_DGRAM)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -190,7 +204,7 @@ func (s *side) datagrams() (once func(load) (float64, error), done func(), err e
 		return nil, nil, errors.Join(err, unix.Close(server))
 	}
 	done = func() { unix.Close(client); unix.Close(server) }
-	if err := unix.Connect(client, address(s.server.addr)); err != nil {
+	if err := unix.Connect(client, address(p.server.addr)); err != nil {
 		done()
 		return nil, nil, err
 	}

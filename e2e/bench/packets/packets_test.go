@@ -28,7 +28,7 @@ func TestEveryRowIsMeasured(t *testing.T) {
 		}
 	}
 	env := table.Env{Rows: map[int]bool{13: true, 14: true, 15: true}, Backends: []string{"nft"}, Bin: bin, Dir: t.TempDir(), Say: t.Logf}
-	s := size{few: 3, pods: 4, many: 5, rounds: 2, load: load{connections: 10, chunks: 5, packets: 10}}
+	s := size{few: 3, pods: 4, many: 5, rounds: 2, load: load{connections: 10, bursts: 2, packets: 10}}
 	report, err := run(ctx, env, s)
 	if err != nil {
 		t.Fatal(err)

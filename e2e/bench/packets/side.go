@@ -19,24 +19,28 @@ import (
 const (
 	namespace   = "team"
 	rules       = 20              // of each pod and direction
+	pairs       = 5               // on a node with as many pods
 	port        = 8080            // at which the server listens
 	goneLimit   = 5 * time.Minute // for the kernel to take away the links of removed sandboxes
 	clientPorts = "1024 65535"    // more than the connections of a turn
 )
 
-// side is one node, two pods of which are measured.
+// side is one node, some pods of which are measured.
 type side struct {
 	pods    int
 	guarded bool
 	node    *world.Node
 	policyd *world.Policyd // nil if it is not guarded
 
-	boxes          []world.Pod
-	client, server pod
-	rates          map[string][]float64 // by kind of load; those that are not there are not measured
+	boxes []world.Pod
+	pairs []pair
+	rates map[string][]float64 // by kind of load; those that are not there are not measured
 }
 
-// pod that is measured.
+// pair is measured. There are several, which take turns: how fast one is depends a little on where in memory the kernel has put
+// what it needs for it, and on every side that is another place.
+type pair struct{ client, server pod }
+
 type pod struct {
 	netns string
 	addr  netip.Addr
@@ -75,23 +79,24 @@ func newSide(ctx context.Context, first *world.Node, pods int, guarded bool) (*s
 	if err != nil {
 		return nil, err
 	}
-	s.client, s.server = pod{s.boxes[0].Path(), addrs[0]}, pod{s.boxes[1].Path(), addrs[1]}
-	if guarded {
-		err = s.policyd.Settle(ctx)
+	for i := 0; i+1 < pods && len(s.pairs) < pairs; i += 2 {
+		p := pair{pod{s.boxes[i].Path(), addrs[i]}, pod{s.boxes[i+1].Path(), addrs[i+1]}}
+		s.pairs = append(s.pairs, p)
+		err = errors.Join(err, world.In(p.client.netns, func() error {
+			return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte(clientPorts), 0o644)
+		}))
 	}
-	return s, errors.Join(err, world.In(s.client.netns, func() error {
-		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte(clientPorts), 0o644)
-	}))
+	if guarded {
+		err = errors.Join(err, s.policyd.Settle(ctx))
+	}
+	return s, err
 }
 
-// newPod is the client if its number is 0, the server if it is 1, else a peer that some rules admit.
+// newPod is a client if its number is even and one of the first, a server if it is odd, else a peer that some rules admit.
 func newPod(node string, number int) world.Pod {
 	app := fmt.Sprintf("app-%d", number%rules)
-	switch number {
-	case 0:
-		app = "client"
-	case 1:
-		app = "server"
+	if number < 2*pairs {
+		app = []string{"client", "server"}[number%2]
 	}
 	name := fmt.Sprintf("pod-%d", number)
 	return world.Pod{Namespace: namespace, Name: name, Labels: map[string]string{"app": app}, Box: node + "-" + name}

@@ -65,6 +65,39 @@ func TestForgedSourceAddressesGetNowhere(t *testing.T) {
 	})
 }
 
+// What is for the node itself does not pass FORWARD. Over IPv4 the kernel's own reverse path filter would drop the same packets, so
+// it is off here: the rules alone must do it.
+func TestForgedSourceAddressesDoNotReachTheNode(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		n, a, b := hostileNode(t, backend)
+		n.StopPolicyd(t) // or it would turn the filter on again, and put the rules back
+		n.NS.Run(t, "sh", "-c", "for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$f; done")
+		for _, family := range []struct {
+			tables  string
+			node    netip.Addr
+			foreign netip.Addr
+		}{
+			{"iptables-", testnode.Node4, netip.MustParseAddr("203.0.113.9")},
+			{"ip6tables-", testnode.Node6, netip.MustParseAddr("2001:db8:9::9")},
+		} {
+			t.Run(family.tables+backend, func(t *testing.T) {
+				own, other := a.IP(t, family.node), b.IP(t, family.node)
+				for _, from := range []netip.Addr{family.foreign, other} {
+					a.NS.Run(t, "ip", "address", "add", netip.PrefixFrom(from, from.BitLen()).String(), "dev", "lo", "nodad")
+				}
+				atNode := hear(t, n.NS, family.node)
+				for _, from := range []netip.Addr{family.foreign, other, own} {
+					send(t, a.NS, from, family.node)
+				}
+				heardOnly(t, atNode, own)
+				n.NS.Run(t, family.tables+backend, "-t", "mangle", "-F", "INPUT")
+				send(t, a.NS, other, family.node)
+				heardOnly(t, atNode, other) // without the rule it arrives, or the test would prove nothing
+			})
+		}
+	})
+}
+
 const hearPort = 7007
 
 // hear collects the source addresses of the datagrams that arrive in a namespace.
@@ -113,10 +146,10 @@ func heardOnly(t *testing.T, heard <-chan netip.Addr, want netip.Addr) {
 	select {
 	case got := <-heard:
 		if got != want {
-			t.Errorf("a packet with the forged source %s arrived", got)
+			t.Errorf("a packet with the source %s arrived before that of %s", got, want)
 		}
 	case <-time.After(5 * time.Second):
-		t.Errorf("not even the packet with the true source %s arrived", want)
+		t.Errorf("the packet with the source %s has not arrived", want)
 	}
 }
 

@@ -4,8 +4,9 @@
 //  1. new sets are created and filled, and the set of local addresses grows;
 //  2. what leaves ready and peer sets is taken out;
 //  3. one iptables-restore a family writes the chains that differ and puts the hooks into their places;
-//  4. what leaves open sets is taken out, for the chains stand now that it is led to: already by those rules themselves, where
-//     they rewrite chains of the other direction, so that both ends of a packet are judged anew from the same moment;
+//  4. what leaves open sets is taken out. The chains lead to those who are isolated before they look into open sets, so both ends
+//     of a packet are judged anew from the same moment; where somebody joins an open set meanwhile, it comes first, and those rules
+//     themselves lead around it;
 //  5. what joins open and peer sets is put in;
 //  6. the caller's judge ends the flows that are not allowed any more, or will soon;
 //  7. what joins ready sets is put in;

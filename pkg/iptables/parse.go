@@ -193,11 +193,6 @@ func (p *parser) plain(word string) {
 		p.match(rule.Protocol{Proto: p.proto})
 	case "--dport":
 		p.ports(p.next())
-	case "--invert":
-		at := slices.Index(p.rule.Matches, rule.Match(rule.RPFilter{}))
-		if p.failed = p.failed || at < 0; !p.failed {
-			p.rule.Matches[at] = rule.RPFilter{Invert: true}
-		}
 	case "--dst-type":
 		p.match(rule.AddrType{DstType: p.next()})
 	case "--src-type":
@@ -233,13 +228,10 @@ func (p *parser) plain(word string) {
 	}
 }
 
-// module takes the name of a match's module; all of ours but rpfilter show in their options.
+// module takes the name of a match's module; all of ours show in their options.
 func (p *parser) module(name string) {
-	known := []string{"tcp", "udp", "sctp", "icmp", "icmp6", "comment", "set", "conntrack", "rpfilter", "addrtype", "mac"}
+	known := []string{"tcp", "udp", "sctp", "icmp", "icmp6", "comment", "set", "conntrack", "addrtype", "mac"}
 	p.failed = p.failed || !slices.Contains(known, name)
-	if name == "rpfilter" {
-		p.match(rule.RPFilter{})
-	}
 }
 
 func (p *parser) target(name string) {

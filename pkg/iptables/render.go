@@ -135,11 +135,6 @@ func match(m rule.Match) string {
 		return " -m conntrack" + not(m.Not) + " --ctstate " + m.States
 	case rule.Syn:
 		return " -m tcp" + not(m.Not) + " --syn"
-	case rule.RPFilter:
-		if m.Invert {
-			return " -m rpfilter --invert"
-		}
-		return " -m rpfilter"
 	case rule.AddrType:
 		s := " -m addrtype"
 		if m.SrcType != "" {

@@ -3,6 +3,7 @@ package iptables_test
 import (
 	"context"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 
@@ -90,8 +91,7 @@ func samples(family rule.Family) map[rule.Table][]rule.Rule {
 	}
 	return map[rule.Table][]rule.Rule{
 		rule.Mangle: mangle,
-		rule.Raw: {r(rule.Return{}, rule.In{Name: "vx+"}, rule.Source{Prefix: net}, rule.SourceMAC{MAC: [6]byte{2, 0xab, 3, 4, 5, 0xff}}),
-			r(rule.Drop{}, rule.In{Name: "pst+"}, rule.RPFilter{Invert: true}), r(rule.Return{}, rule.RPFilter{})},
+		rule.Raw:    {r(rule.Return{}, rule.In{Name: "vx+"}, rule.Source{Prefix: net}, rule.SourceMAC{MAC: [6]byte{2, 0xab, 3, 4, 5, 0xff}})},
 		rule.Filter: {r(rule.Accept{}, rule.In{Name: "pst+"})},
 		rule.NAT: {
 			r(rule.DNAT{To: netip.AddrPortFrom(one.Addr(), 80)}, tcp, rule.DestPorts{Proto: rule.TCP, From: 9000, To: 9000}),
@@ -99,4 +99,25 @@ func samples(family rule.Family) map[rule.Table][]rule.Rule {
 			r(rule.Masquerade{}), r(rule.Masquerade{RandomPorts: true}),
 		},
 	}
+}
+
+// With legacy every packet passes through each table that is there, so none is made by a look.
+func TestSaveMakesNoTable(t *testing.T) {
+	ns := nettest.NewNS(t, "tables")
+	ns.Do(t, func() {
+		for _, f := range rule.Families {
+			tables, err := iptables.New(iptables.Legacy, f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if a, err := tables.Save(t.Context(), rule.Raw); err != nil || len(a.Chains)+len(a.Hooks) > 0 {
+				t.Errorf("%s: of a table that is not there: %v, error %v; want nothing", f, a, err)
+			}
+		}
+		for _, file := range []string{"ip_tables_names", "ip6_tables_names"} {
+			if names, err := os.ReadFile("/proc/thread-self/net/" + file); err != nil || len(names) > 0 {
+				t.Errorf("%s has %q, error %v; want nothing", file, names, err)
+			}
+		}
+	})
 }

@@ -28,8 +28,7 @@
 //
 //   - Pods can send nothing to the tunnel's port of any machine, and nobody reaches it by a translated address (a Service whose
 //     endpoint is a node): dropped in mangle INPUT and FORWARD, where destinations are final.
-//   - In INPUT, UDP to that port comes from the address of a node or is dropped. A pod's packet with a forged source is dropped
-//     by rpfilter where it enters.
+//   - In INPUT, UDP to that port comes from the address of a node or is dropped. A pod's packet is dropped whatever its source.
 //   - The source of a packet inside belongs to the pod CIDRs of the node that sent it. Two checks together say so. The kernel
 //     refuses a known Ethernet source from any other outer address than that of its static entry, if the device learns
 //     (vxlan_snoop: "Don't migrate static entries, drop packets"); and raw PREROUTING drops what does not have the Ethernet

@@ -15,7 +15,7 @@
 //     pod's interface, "ID@eth0": DEL of an old sandbox leaves the new one's link alone.
 //   - accept_ra, accept_redirects and send_redirects are 0, and IPv6 is off where the pod has none: with default.accept_ra=2 a
 //     pod's router advertisement would set the node's default route. rp_filter is 1; where all.rp_filter is 2 the kernel takes
-//     the larger value, and it is policyd's rule in raw PREROUTING that drops forged sources.
+//     the larger value, and IPv6 has no such thing: it is policyd's rules in mangle that drop forged sources.
 //   - The node's end has no IPv4 address: with one, strict reverse path would accept more than the pod's own.
 //   - What somebody else takes away of all this the kernel announces, mostly, before the command that did it has ended
 //     ([Watcher]), and [Restore] puts it back; [Faulty] looks at all links at once. Routes that go with the node's own address,

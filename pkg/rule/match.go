@@ -68,9 +68,6 @@ type CTState struct {
 // Syn matches TCP packets that ask for a connection (SYN set; RST, ACK and FIN clear). It stands after Protocol{TCP}.
 type Syn struct{ Not bool }
 
-// RPFilter matches packets whose source would be routed back over the interface they came from; Invert matches the others.
-type RPFilter struct{ Invert bool }
-
 // AddrType matches the kind of the packet's address by the routing table, LOCAL for instance.
 type AddrType struct {
 	DstType string // "" or LOCAL
@@ -93,6 +90,5 @@ func (InSet) isMatch()     {}
 func (SourceMAC) isMatch() {}
 func (CTState) isMatch()   {}
 func (Syn) isMatch()       {}
-func (RPFilter) isMatch()  {}
 func (AddrType) isMatch()  {}
 func (ICMPType) isMatch()  {}

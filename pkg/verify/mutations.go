@@ -49,10 +49,9 @@ func isolation() []mutation {
 			s.Entries = nil
 		})},
 		{line: 1, name: "a pod that a policy selects is open", state: func(_ dice, s *rule.State) {
-			at := func(name string) *rule.Set {
-				return &s.Sets[slices.IndexFunc(s.Sets, func(set rule.Set) bool { return set.Name == name })]
-			}
-			at(rule.OpenSet(s.Family, rule.Egress)).Entries = at(rule.ReadySet(s.Family)).Entries
+			from := slices.IndexFunc(s.Chains[rule.Mangle], func(c rule.Chain) bool { return c.Name == compile.ChainFrom })
+			entry := &s.Chains[rule.Mangle][from]
+			entry.Rules = slices.Insert(slices.Clone(entry.Rules), 0, rule.Rule{Action: rule.Return{}})
 		}},
 		{line: 1, name: "a policy selects its whole namespace", input: eachPolicy(func(np *npPolicy) {
 			np.Spec.PodSelector = metav1.LabelSelector{}

@@ -36,7 +36,7 @@ func Ours(chain string) bool {
 	return strings.HasPrefix(chain, "POSTERN-") || strings.HasPrefix(chain, "PST-")
 }
 
-// Parse reads the output of iptables-save for one family.
+// Parse reads the output of iptables-save for one family. Chains may also be as iptables -S has them.
 func Parse(text string, family rule.Family) map[rule.Table]*Actual {
 	tables := map[rule.Table]*Actual{}
 	var now *Actual
@@ -49,9 +49,10 @@ func Parse(text string, family rule.Family) map[rule.Table]*Actual {
 			tables[rule.Table(line[1:])] = now
 			foreign = map[string]bool{}
 		case now == nil:
-		case strings.HasPrefix(line, ":"):
-			if name, _, _ := strings.Cut(line[1:], " "); Ours(name) {
-				now.Chains[name] = nil
+		case strings.HasPrefix(line, ":"), strings.HasPrefix(line, "-N "):
+			name := strings.Fields(strings.TrimPrefix(strings.TrimPrefix(line, ":"), "-N "))
+			if len(name) > 0 && Ours(name[0]) {
+				now.Chains[name[0]] = nil
 			}
 		case strings.HasPrefix(line, "-A "):
 			now.add(line, family, foreign)

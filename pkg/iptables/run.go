@@ -61,7 +61,8 @@ type Tables struct {
 	// Watcher is told what of the changes it sees is ours; nil for none.
 	Watcher *Watcher
 
-	restore, save string
+	restore string   // the program
+	list    []string // what lists a table, but for its name
 }
 
 // New finds the backend's programs. The error says which is missing.
@@ -73,19 +74,22 @@ func New(backend Backend, family rule.Family) (*Tables, error) {
 	if family == rule.IPv6 {
 		prefix = "ip6tables-"
 	}
-	t := &Tables{Backend: backend, Family: family}
-	for _, p := range []struct {
-		to   *string
-		verb string
-	}{{&t.restore, "-restore"}, {&t.save, "-save"}} {
-		name := prefix + string(backend) + p.verb
+	// iptables-nft-save reads all tables to print one, and iptables-nft that one alone. With legacy, iptables-save takes no lock.
+	lister, args := "", []string{"-S", "-t"}
+	if backend == Legacy {
+		lister, args = "-save", []string{"-t"}
+	}
+	programs := map[string]string{"-restore": "", lister: ""}
+	for verb := range programs {
+		name := prefix + string(backend) + verb
 		path, err := exec.LookPath(name)
 		if err != nil {
 			return nil, fmt.Errorf("find %s: %w; install iptables 1.8 or newer", name, err)
 		}
-		*p.to = path
+		programs[verb] = path
 	}
-	return t, nil
+	return &Tables{Backend: backend, Family: family, restore: programs["-restore"],
+		list: append([]string{programs[lister]}, args...)}, nil
 }
 
 // Restore runs text, as [Render] makes it, with --noflush. Empty text runs nothing.
@@ -116,9 +120,13 @@ func (t *Tables) Save(ctx context.Context, table rule.Table) (*Actual, error) {
 	if there, err := t.exists(table); err != nil || !there {
 		return nothing, err
 	}
-	out, err := t.run(ctx, t.save, nil, "-t", string(table))
+	command := append(slices.Clone(t.list), string(table))
+	out, err := t.run(ctx, command[0], nil, command[1:]...)
 	if err != nil {
-		return nil, fmt.Errorf("%s -t %s: %w", t.save, table, err)
+		return nil, fmt.Errorf("%s: %w", strings.Join(command, " "), err)
+	}
+	if t.Backend == NFT {
+		out = "*" + string(table) + "\n" + out
 	}
 	if a := Parse(out, t.Family)[table]; a != nil {
 		return a, nil

@@ -258,7 +258,8 @@ func (s *gapScene) upgrade(newer string) {
 }
 
 // olderLayout changes our own part of the kernel without opening or closing anything: sets of peers get another type under
-// their names, chains and sets are there that nobody leads to, and a hook is there twice, behind a foreign rule.
+// their names, chains and sets are there that nobody leads to, a hook is there twice, behind a foreign rule, and forged sources are
+// dropped in raw, which nothing of ours is in any more.
 func (s *gapScene) olderLayout() {
 	for family, v := range map[string]string{"iptables-" + s.Backend(): "4", "ip6tables-" + s.Backend(): "6"} {
 		inet := map[string]string{"4": "inet", "6": "inet6"}[v]
@@ -280,7 +281,10 @@ COMMIT
 COMMIT
 *raw
 :PST-OLDER - [0:0]
+:POSTERN-PREROUTING - [0:0]
+-A POSTERN-PREROUTING -i pst+ -m rpfilter --invert -j DROP
 -A OUTPUT -j PST-OLDER
+-I PREROUTING 1 -j POSTERN-PREROUTING
 COMMIT
 `)
 	}

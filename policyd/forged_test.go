@@ -65,8 +65,8 @@ func TestForgedSourceAddressesGetNowhere(t *testing.T) {
 	})
 }
 
-// What is for the node itself does not pass FORWARD. Over IPv4 the kernel's own reverse path filter would drop the same packets, so
-// it is off here: the rules alone must do it.
+// What is for the node itself does not pass FORWARD. Over IPv4 the kernel's own reverse path filter would drop the same packets,
+// so it is off here: the rules alone must do it.
 func TestForgedSourceAddressesDoNotReachTheNode(t *testing.T) {
 	nettest.Backends(t, func(t *testing.T, backend string) {
 		n, a, b := hostileNode(t, backend)

@@ -257,8 +257,8 @@ func (s *gapScene) upgrade(newer string) {
 	}
 }
 
-// olderLayout changes our own part of the kernel without opening or closing anything: sets of peers get another type under
-// their names, chains and sets are there that nobody leads to, a hook is there twice, behind a foreign rule, and forged sources are
+// olderLayout changes our own part of the kernel without opening or closing anything: sets of peers get another type under their
+// names, chains and sets are there that nobody leads to, a hook is there twice, behind a foreign rule, and forged sources are
 // dropped in raw, which nothing of ours is in any more.
 func (s *gapScene) olderLayout() {
 	for family, v := range map[string]string{"iptables-" + s.Backend(): "4", "ip6tables-" + s.Backend(): "6"} {

@@ -29,7 +29,7 @@
 //
 // Table filter holds one chain: the acceptance of pod traffic that passed, for hosts whose FORWARD policy is DROP.
 //
-// What every packet of a flow passes is kept short: each hook costs some 0.1 µs, with nft each match of a module as much, and a set of
-// pairs 0.25 to 0.35 µs. So there is nothing in raw, a source is checked once, by the ready set, on the way that the packet takes,
-// and no look into a set comes before a match that costs less.
+// What every packet of a flow passes is kept short: each hook costs some 0.1 µs, with nft each match of a module as much, and a
+// set of pairs 0.25 to 0.35 µs. So there is nothing in raw, a source is checked once, by the ready set, on the way that the
+// packet takes, and no look into a set comes before a match that costs less.
 package compile

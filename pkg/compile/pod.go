@@ -37,8 +37,8 @@ func podChain(g *policy.Guarded, d rule.Direction, f rule.Family) rule.Chain {
 	return chain
 }
 
-// allowed returns the conditions under which a rule lets a packet pass, each a list of matches: ports times peers. Ports come first
-// because they cost a packet of another port next to nothing, and a look into a set does.
+// allowed returns the conditions under which a rule lets a packet pass, each a list of matches: ports times peers. Ports come
+// first because they cost a packet of another port next to nothing, and a look into a set does.
 func allowed(r *policy.Rule, dirs string, f rule.Family) [][]rule.Match {
 	ports := [][]rule.Match{nil}
 	if !r.AnyPort {

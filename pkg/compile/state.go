@@ -235,8 +235,8 @@ func isolatedBefore(x *policy.Index, delta policy.Delta, d rule.Direction) []str
 	return were
 }
 
-// input drops what a pod's link may not send to the node itself: what is for the node's loopback, which route_localnet would let in
-// (CVE-2020-8558; what hostPort would lead elsewhere is dropped before that), and a source that is not the pod's. What is
+// input drops what a pod's link may not send to the node itself: what is for the node's loopback, which route_localnet would let
+// in (CVE-2020-8558; what hostPort would lead elsewhere is dropped before that), and a source that is not the pod's. What is
 // forwarded has its source checked there. Over IPv6 two kinds of sources are anybody's, and good on their link alone: those of
 // neighbour discovery (RFC 4861).
 func input(f rule.Family) rule.Chain {

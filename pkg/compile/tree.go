@@ -40,10 +40,10 @@ func notIsolated(d rule.Direction, f rule.Family) rule.Rule {
 }
 
 // Bridge returns the dispatch chains for the time until some interfaces have joined an open set: they are led to the chains that
-// they still have, besides those whose chains are wanted, and so that they are let pass once they have joined, the set comes first.
-// Others may leave it at that time. They are led to their chains at once, as without a bridge, if chains of the other direction are
-// rewritten: or for a moment one end of a packet would be judged as before and the other as after, and it would pass where neither
-// lets it. Nil if nobody joins.
+// they still have, besides those whose chains are wanted, and so that they are let pass once they have joined, the set comes
+// first. Others may leave it at that time. They are led to their chains at once, as without a bridge, if chains of the other
+// direction are rewritten: or for a moment one end of a packet would be judged as before and the other as after, and it would
+// pass where neither lets it. Nil if nobody joins.
 //
 // wanted are the chains that are wanted, with whether the kernel holds other rules under that name; still says which others it
 // holds.
@@ -88,8 +88,8 @@ type tree struct {
 	chains    []rule.Chain // a branch's chain comes after those it leads to
 }
 
-// grow makes the chain that dispatches the interfaces, all of which begin with a prefix. Whoever is not among them is dropped, unless
-// the open set has it: so who is isolated needs no look into that set, which costs as much as ten steps of the tree.
+// grow makes the chain that dispatches the interfaces, all of which begin with a prefix. Whoever is not among them is dropped,
+// unless the open set has it: so who is isolated needs no look into that set, which costs as much as ten steps of the tree.
 func (t *tree) grow(name, prefix string, interfaces []string) {
 	chain := rule.Chain{Name: name}
 	if len(interfaces) <= leaf {

@@ -369,8 +369,8 @@ var Nodes = Scope{
 	SetPrefix: rule.NodeSetPrefix,
 }
 
-// Policies is the scope of everything else. In table raw are only chains of older versions; it is the last, so that they go when what
-// has taken their place is there.
+// Policies is the scope of everything else. In table raw are only chains of older versions; it is the last, so that they go when
+// what has taken their place is there.
 var Policies = Scope{
 	Tables:    []rule.Table{rule.Mangle, rule.Filter, rule.Raw},
 	Owns:      func(chain string) bool { return iptables.Ours(chain) && !HostPorts.Owns(chain) && !Nodes.Owns(chain) },

@@ -5,8 +5,8 @@
 //  2. what leaves ready and peer sets is taken out;
 //  3. one iptables-restore a family writes the chains that differ and puts the hooks into their places;
 //  4. what leaves open sets is taken out. The chains lead to those who are isolated before they look into open sets, so both ends
-//     of a packet are judged anew from the same moment; where somebody joins an open set meanwhile, it comes first, and those rules
-//     themselves lead around it;
+//     of a packet are judged anew from the same moment; where somebody joins an open set meanwhile, it comes first, and those
+//     rules themselves lead around it;
 //  5. what joins open and peer sets is put in;
 //  6. the caller's judge ends the flows that are not allowed any more, or will soon;
 //  7. what joins ready sets is put in;

@@ -91,7 +91,9 @@ func samples(family rule.Family) map[rule.Table][]rule.Rule {
 	}
 	return map[rule.Table][]rule.Rule{
 		rule.Mangle: mangle,
-		rule.Raw:    {r(rule.Return{}, rule.In{Name: "vx+"}, rule.Source{Prefix: net}, rule.SourceMAC{MAC: [6]byte{2, 0xab, 3, 4, 5, 0xff}})},
+		rule.Raw: {
+			r(rule.Return{}, rule.In{Name: "vx+"}, rule.Source{Prefix: net}, rule.SourceMAC{MAC: [6]byte{2, 0xab, 3, 4, 5, 0xff}}),
+		},
 		rule.Filter: {r(rule.Accept{}, rule.In{Name: "pst+"})},
 		rule.NAT: {
 			r(rule.DNAT{To: netip.AddrPortFrom(one.Addr(), 80)}, tcp, rule.DestPorts{Proto: rule.TCP, From: 9000, To: 9000}),

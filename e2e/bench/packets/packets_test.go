@@ -27,7 +27,8 @@ func TestEveryRowIsMeasured(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	env := table.Env{Rows: map[int]bool{13: true, 14: true, 15: true}, Backends: []string{"nft"}, Bin: bin, Dir: t.TempDir(), Say: t.Logf}
+	rows := map[int]bool{13: true, 14: true, 15: true}
+	env := table.Env{Rows: rows, Backends: []string{"nft"}, Bin: bin, Dir: t.TempDir(), Say: t.Logf}
 	s := size{few: 3, pods: 4, many: 5, rounds: 2, load: load{connections: 10, bursts: 2, packets: 10}}
 	report, err := run(ctx, env, s)
 	if err != nil {

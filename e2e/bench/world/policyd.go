@@ -31,8 +31,8 @@ type Policyd struct {
 	ended chan struct{} // closed when it has ended
 }
 
-// StartPolicyd starts policyd and does not wait for anything: see [Policyd.Settle]. Objects come from the folder that [Node.Write]
-// writes unless the flags say --from or --kubeconfig. It ends with the process, or when it is told to.
+// StartPolicyd starts policyd and does not wait for anything: see [Policyd.Settle]. Objects come from the folder that
+// [Node.Write] writes unless the flags say --from or --kubeconfig. It ends with the process, or when it is told to.
 func (n *Node) StartPolicyd(_ context.Context, flags ...string) (*Policyd, error) {
 	n.started++
 	d := &Policyd{node: n, URL: "http://" + listen, ended: make(chan struct{}),

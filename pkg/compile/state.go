@@ -179,8 +179,8 @@ func reenter(p *rule.Patch, x *policy.Index, i policy.Replaced) {
 	})
 }
 
-// rechain writes the chains of the interfaces that have another guard, or all if the family is served now and was not, and grows
-// the tree anew if others are isolated now. A family that is not served has none of them.
+// rechain writes the chains of the interfaces that have another guard, or all if the family is served now and was not, and has
+// the tree follow if others are isolated now. A family that is not served has none of them.
 func rechain(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Direction, before, now bool) {
 	isolated := func(g *policy.Guarded) bool { return g != nil && g.Side(d == rule.Egress).Isolated }
 	write := func(g *policy.Guarded) {
@@ -198,40 +198,40 @@ func rechain(p *rule.Patch, x *policy.Index, delta policy.Delta, d rule.Directio
 		return
 	}
 	were, are := isolatedBefore(x, delta, d), x.Interfaces(d == rule.Egress)
-	if !before {
-		were = nil
+	gone := were
+	switch {
+	case !before:
+		were, gone = nil, nil
 		for _, link := range are {
 			write(x.Local(link))
 		}
-	}
-	if !now {
+	case !now:
 		are = nil
-	}
-	for _, link := range were {
-		if _, still := slices.BinarySearch(are, link); !still {
-			p.SetChain(rule.Mangle, ChainOf(d, link), nil)
+	default:
+		gone = nil
+		for _, i := range delta.Interfaces {
+			if isolated(i.Old) && !isolated(i.New) {
+				gone = append(gone, i.Old.Interface)
+			}
 		}
 	}
-	for _, chain := range dispatch(d, were, p.Family) {
-		p.SetChain(rule.Mangle, chain.Name, nil)
+	for _, link := range gone {
+		p.SetChain(rule.Mangle, ChainOf(d, link), nil)
 	}
-	for _, chain := range dispatch(d, are, p.Family) {
-		p.SetChain(rule.Mangle, chain.Name, chain.Rules)
-	}
+	newTree(d, p.Family).regrow(attachment.GuardedPrefix, were, are, p)
 }
 
 // isolatedBefore are the interfaces that were isolated before the delta, sorted.
 func isolatedBefore(x *policy.Index, delta policy.Delta, d rule.Direction) []string {
-	isolated := func(g *policy.Guarded) bool { return g != nil && g.Side(d == rule.Egress).Isolated }
-	were := slices.DeleteFunc(x.Interfaces(d == rule.Egress), func(link string) bool {
-		return slices.ContainsFunc(delta.Interfaces, func(i policy.Replaced) bool { return isolated(i.New) && i.New.Interface == link })
-	})
+	were := slices.Clone(x.Interfaces(d == rule.Egress))
 	for _, i := range delta.Interfaces {
-		if isolated(i.Old) {
-			were = append(were, i.Old.Interface)
+		if i.New != nil {
+			were = policy.Listed(were, i.New.Interface, false)
+		}
+		if i.Old != nil {
+			were = policy.Listed(were, i.Old.Interface, i.Old.Side(d == rule.Egress).Isolated)
 		}
 	}
-	slices.Sort(were)
 	return were
 }
 

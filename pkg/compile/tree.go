@@ -3,6 +3,7 @@ package compile
 import (
 	"iter"
 	"slices"
+	"sort"
 	"strings"
 
 	"github.com/postern-cni/postern/pkg/attachment"
@@ -15,9 +16,7 @@ const leaf = 8
 // dispatch returns the chains that lead to the chains of the isolated interfaces, which are sorted: the direction's entry, and
 // the branches of its tree.
 func dispatch(d rule.Direction, isolated []string, f rule.Family) []rule.Chain {
-	t := &tree{direction: d, family: f, entry: entryOf(d)}
-	t.grow(t.entry, attachment.GuardedPrefix, isolated)
-	return t.chains
+	return newTree(d, f).grow(attachment.GuardedPrefix, isolated)
 }
 
 func entryOf(d rule.Direction) string {
@@ -56,6 +55,9 @@ func Bridge(
 		d, opposite = opposite, d
 	}
 	joining = slices.DeleteFunc(slices.Clone(joining), func(link string) bool { return !still(ChainOf(d, link)) })
+	if len(joining) == 0 {
+		return nil
+	}
 	var isolated []string
 	apart := false // the other end may be let pass what it was not
 	for name, rewritten := range wanted {
@@ -63,9 +65,6 @@ func Bridge(
 			isolated = append(isolated, attachment.GuardedPrefix+hex)
 		}
 		apart = apart || rewritten && strings.HasPrefix(name, ChainOf(opposite, attachment.GuardedPrefix))
-	}
-	if len(joining) == 0 {
-		return nil
 	}
 	leaving = slices.DeleteFunc(slices.Clone(leaving), func(link string) bool { return !apart || !slices.Contains(isolated, link) })
 	links := slices.Concat(joining, isolated)
@@ -84,33 +83,85 @@ func Bridge(
 type tree struct {
 	direction rule.Direction
 	family    rule.Family
-	entry     string       // POSTERN-FROM or POSTERN-TO
-	chains    []rule.Chain // a branch's chain comes after those it leads to
+	entry     string // POSTERN-FROM or POSTERN-TO
 }
 
-// grow makes the chain that dispatches the interfaces, all of which begin with a prefix. Whoever is not among them is dropped,
-// unless the open set has it: so who is isolated needs no look into that set, which costs as much as ten steps of the tree.
-func (t *tree) grow(name, prefix string, interfaces []string) {
-	chain := rule.Chain{Name: name}
+func newTree(d rule.Direction, f rule.Family) *tree {
+	return &tree{direction: d, family: f, entry: entryOf(d)}
+}
+
+// branch are the interfaces that begin with a prefix.
+type branch struct {
+	prefix     string
+	interfaces []string
+}
+
+// branches are those that the chain of a prefix leads to; none if it lists its interfaces.
+func branches(prefix string, interfaces []string) (list []branch) {
 	if len(interfaces) <= leaf {
-		for _, i := range interfaces {
-			chain.Rules = append(chain.Rules, rule.Rule{Matches: t.match(i), Action: rule.Goto{Chain: ChainOf(t.direction, i)}})
-		}
+		return nil
+	}
+	for len(interfaces) > 0 {
+		b := interfaces[0][:len(prefix)+1]
+		n := sort.Search(len(interfaces), func(i int) bool { return !strings.HasPrefix(interfaces[i], b) })
+		list = append(list, branch{b, interfaces[:n]})
+		interfaces = interfaces[n:]
+	}
+	return list
+}
+
+// grow makes the chains that dispatch the interfaces, all of which begin with a prefix; a branch's comes after those it leads to.
+func (t *tree) grow(prefix string, interfaces []string) (chains []rule.Chain) {
+	for _, b := range branches(prefix, interfaces) {
+		chains = append(chains, t.grow(b.prefix, b.interfaces)...)
+	}
+	return append(chains, rule.Chain{Name: t.name(prefix), Rules: t.rules(prefix, interfaces)})
+}
+
+// regrow puts into a patch what it takes to have the tree lead to other interfaces than it did. The chain of a prefix that no
+// interface begins with goes, but for the entry.
+func (t *tree) regrow(prefix string, were, are []string, p *rule.Patch) {
+	if slices.Equal(were, are) {
+		return
+	}
+	if len(are) > 0 || prefix == attachment.GuardedPrefix {
+		p.SetChain(rule.Mangle, t.name(prefix), t.rules(prefix, are))
 	} else {
-		for len(interfaces) > 0 {
-			branch := interfaces[0][:len(prefix)+1]
-			n := slices.IndexFunc(interfaces, func(i string) bool { return i[:len(branch)] != branch })
-			if n < 0 {
-				n = len(interfaces)
-			}
-			to := t.entry + "-" + branch[len(attachment.GuardedPrefix):]
-			t.grow(to, branch, interfaces[:n])
-			chain.Rules = append(chain.Rules, rule.Rule{Matches: t.match(branch + "+"), Action: rule.Goto{Chain: to}})
-			interfaces = interfaces[n:]
+		p.SetChain(rule.Mangle, t.name(prefix), nil)
+	}
+	before := map[string][]string{}
+	for _, b := range branches(prefix, were) {
+		before[b.prefix] = b.interfaces
+	}
+	for _, b := range branches(prefix, are) {
+		t.regrow(b.prefix, before[b.prefix], b.interfaces, p)
+		delete(before, b.prefix)
+	}
+	for gone, interfaces := range before {
+		t.regrow(gone, interfaces, nil, p)
+	}
+}
+
+func (t *tree) name(prefix string) string {
+	if prefix == attachment.GuardedPrefix {
+		return t.entry
+	}
+	return t.entry + "-" + prefix[len(attachment.GuardedPrefix):]
+}
+
+// rules are those of the chain of a prefix. Whoever is not among its interfaces is dropped, unless the open set has it: so who is
+// isolated needs no look into that set, which costs as much as ten steps of the tree.
+func (t *tree) rules(prefix string, interfaces []string) (rules []rule.Rule) {
+	further := branches(prefix, interfaces)
+	for _, b := range further {
+		rules = append(rules, rule.Rule{Matches: t.match(b.prefix + "+"), Action: rule.Goto{Chain: t.name(b.prefix)}})
+	}
+	if further == nil {
+		for _, i := range interfaces {
+			rules = append(rules, rule.Rule{Matches: t.match(i), Action: rule.Goto{Chain: ChainOf(t.direction, i)}})
 		}
 	}
-	chain.Rules = append(chain.Rules, notIsolated(t.direction, t.family), rule.Rule{Action: rule.Drop{}})
-	t.chains = append(t.chains, chain)
+	return append(rules, notIsolated(t.direction, t.family), rule.Rule{Action: rule.Drop{}})
 }
 
 func (t *tree) match(link string) []rule.Match {

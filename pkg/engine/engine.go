@@ -92,15 +92,22 @@ type Engine struct {
 	placed  map[string]placed // by the pod's "namespace/name"
 	records map[attachment.Key]*attachment.Attachment
 	relist  bool // read all records again
-	moved   bool // records or placed pods have changed
 	wanted  bool // the plane was told what is wanted
+	// attached and named are the records that are to be guarded, by their links and by their pods; expected are the names of the
+	// placed pods by their links. moved are the links at which one of them, or its pod, may be another than the index knows.
+	attached, named map[string][]*attachment.Attachment
+	expected        map[string][]string
+	moved           map[string]bool
+	// networks counts the records that are to be guarded by their network and its ranges; ranged says that the node's ranges may
+	// be others than the index knows.
+	networks map[string]map[string]int
+	ranged   bool
 	// untouched are the families in which nothing has been applied yet: what the kernel holds there is a predecessor's.
 	untouched map[rule.Family]bool
-	// recorded are the pods that records name, ready the addresses that are to be ready, both as locals last saw them; guarded
-	// are those that the kernel has as ready; settled says that they are the same.
-	recorded       map[string]bool
+	// ready are the addresses that are to be ready, guarded those that the kernel has as ready; they are the same but for some of
+	// the unsettled.
 	ready, guarded map[pair]attachment.Key
-	settled        bool
+	unsettled      map[pair]bool
 	// clean are the ranges of this node whose free addresses have no flows, but for those that are to be judged as gone.
 	clean map[netip.Prefix]bool
 	// suspects are to be judged if something is taken away, unjudged those from whom something was, judged those who have been
@@ -119,8 +126,8 @@ type Engine struct {
 	waiters []*waiter
 	status  Status
 	pods    map[string]PodStatus // by interface
-	// namespaces are the network namespaces of all records, by path.
-	namespaces []string
+	// namespaces are the paths of the network namespaces of all records.
+	namespaces map[attachment.Key]string
 	beat       time.Time
 }
 
@@ -135,7 +142,10 @@ func New(c Config) (*Engine, error) {
 	e := &Engine{Config: c, store: attachment.Open(c.StateDir), wake: make(chan struct{}, 1), relist: true,
 		untouched: map[rule.Family]bool{rule.IPv4: true, rule.IPv6: true},
 		index:     policy.NewIndex(), placed: map[string]placed{}, records: map[attachment.Key]*attachment.Attachment{},
-		guarded: map[pair]attachment.Key{}, clean: map[netip.Prefix]bool{}, suspects: newSuspects(),
+		attached: map[string][]*attachment.Attachment{}, named: map[string][]*attachment.Attachment{},
+		expected: map[string][]string{}, moved: map[string]bool{}, networks: map[string]map[string]int{},
+		ready: map[pair]attachment.Key{}, guarded: map[pair]attachment.Key{}, unsettled: map[pair]bool{},
+		namespaces: map[attachment.Key]string{}, clean: map[netip.Prefix]bool{}, suspects: newSuspects(),
 		unjudged: newSuspects(), judged: newSuspects(), reported: map[string]bool{}, pods: map[string]PodStatus{}}
 	// A predecessor may have ended before it has judged the flows that its last change took something away from.
 	e.suspects.due, e.suspects.all = true, true
@@ -255,7 +265,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			retry, pass = nil, true
 		}
 		e.drain(records)
-		if pass || e.moved || e.relist && e.started() {
+		if pass || len(e.moved) > 0 || e.ranged || e.relist && e.started() {
 			retry = e.backoff(e.pass(ctx))
 			changes.done()
 		}

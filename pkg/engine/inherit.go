@@ -18,30 +18,20 @@ import (
 // parted notes the addresses that are not ready any more, and forgets ranges that are not the node's any more. Flows of addresses
 // that nobody else can have need no judge: nothing of them passes from now on.
 func (e *Engine) parted() {
-	var keeps map[netip.Addr]bool
-	for p, key := range e.guarded {
-		if e.ready[p] == key {
-			continue
-		}
-		if keeps == nil {
-			keeps = e.keeps()
-		}
-		if !keeps[p.address] {
+	for p := range e.unsettled {
+		if key, guarded := e.guarded[p]; guarded && e.ready[p] != key && !e.keeps(p.address) {
 			e.unjudged.gone[p.address], e.plane.Idle[p.address] = true, e.inClean(p.address)
 		}
 	}
 	maps.DeleteFunc(e.clean, func(p netip.Prefix, _ bool) bool { return !slices.Contains(e.index.Ranges(), p) })
 }
 
-// keeps are the addresses that were ready and stay so.
-func (e *Engine) keeps() map[netip.Addr]bool {
-	keeps := make(map[netip.Addr]bool, len(e.guarded))
-	for p, key := range e.guarded {
-		if e.ready[p] == key {
-			keeps[p.address] = true
-		}
-	}
-	return keeps
+// keeps reports whether an address was ready and stays so.
+func (e *Engine) keeps(a netip.Addr) bool {
+	return slices.ContainsFunc(e.index.Links(a), func(link string) bool {
+		key, guarded := e.guarded[pair{a, link}]
+		return guarded && e.ready[pair{a, link}] == key
+	})
 }
 
 func (e *Engine) inClean(a netip.Addr) bool {
@@ -80,9 +70,8 @@ func (e *Engine) inheritNothing(fresh []pair) error {
 	if families == (conntrack.Families{}) {
 		return nil
 	}
-	maps.Copy(taken, e.keeps())
 	err := conntrack.DeleteTouching(families, func(a netip.Addr) bool {
-		return doomed[a] || !taken[a] && slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(a) })
+		return doomed[a] || !taken[a] && slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(a) }) && !e.keeps(a)
 	})
 	if err != nil {
 		return err

@@ -49,34 +49,31 @@ func (e *Engine) pass(ctx context.Context) error {
 // learn takes in what has changed, and changes what is wanted in the kernel accordingly.
 func (e *Engine) learn(changes object.Changes) policy.Delta {
 	for key, p := range changes.Pods {
+		for _, a := range e.named[key] {
+			e.moved[a.HostInterface] = true
+		}
 		was, here := e.placed[key]
-		e.moved = e.moved || here || e.recorded[key]
-		delete(e.placed, key)
+		if here {
+			e.expect(key, was.link, false)
+			delete(e.placed, key)
+		}
 		if p == nil || p.HostNetwork || p.Ended || p.Node != e.Node && !(e.Unplaced && p.Node == "") {
 			continue
 		}
 		if !here || was.pod.Identity() != p.Identity() {
 			was.link = attachment.HostInterface(attachment.GuardedPrefix, p.Identity(), firstInterface)
 		}
-		e.placed[key], e.moved = placed{p, was.link}, true
+		e.placed[key] = placed{p, was.link}
+		e.expect(key, was.link, true)
 	}
-	update := policy.Changes{Changes: changes}
-	if e.moved {
-		update.Ranges, update.NewLocals = e.ranges(), true
-		update.Locals = e.locals(func(key string) *object.Pod {
-			if p, changed := changes.Pods[key]; changed {
-				return p
-			}
-			return e.index.Pod(key)
-		})
-		e.moved = false
-		paths := make([]string, 0, len(e.records))
-		for _, a := range e.records {
-			paths = append(paths, a.NetNS)
+	update := policy.Changes{Changes: changes, Locals: e.locals(func(key string) *object.Pod {
+		if p, changed := changes.Pods[key]; changed {
+			return p
 		}
-		e.mu.Lock()
-		e.namespaces = paths
-		e.mu.Unlock()
+		return e.index.Pod(key)
+	})}
+	if e.ranged {
+		update.Ranges, update.NewRanges, e.ranged = e.ranges(), true, false
 	}
 	delta := e.index.Update(update)
 	for _, f := range rule.Families {
@@ -100,32 +97,48 @@ type placed struct {
 // firstInterface is what runtimes call a pod's interface on the cluster's network.
 const firstInterface = "eth0"
 
-// locals lists the pod interfaces of this node: those attached, and those that the scheduler has placed here.
-func (e *Engine) locals(known func(key string) *object.Pod) []policy.Local {
-	attached := e.attached()
-	n := len(attached)
-	e.recorded, e.ready, e.settled = make(map[string]bool, n), make(map[pair]attachment.Key, n), false
-	list, taken := make([]policy.Local, 0, n+len(e.placed)), make(map[string]bool, n)
-	for _, a := range attached {
-		pod, _ := match(known, a)
-		l := policy.Local{Pod: pod, Interface: a.HostInterface, Addresses: a.Addresses, Ready: pod != nil}
-		list = append(list, l)
-		taken[l.Interface] = true
-		e.recorded[podName(a)] = true
-		for _, addr := range l.Addresses {
-			if l.Ready {
-				e.ready[pair{addr, l.Interface}] = a.Key()
+// expect notes that a placed pod will have a link, or will not.
+func (e *Engine) expect(key, link string, will bool) {
+	e.moved[link] = true
+	listed(e.expected, link, key, will)
+}
+
+// locals are the pod interfaces of this node that may be others than the index knows: those attached, and those that the
+// scheduler has placed here; nil for one that is not there any more. What is to be ready follows them.
+func (e *Engine) locals(known func(key string) *object.Pod) map[string]*policy.Local {
+	now := make(map[string]*policy.Local, len(e.moved))
+	for link := range e.moved {
+		if was := e.index.Local(link); was != nil {
+			for _, addr := range was.Addresses {
+				e.becomes(pair{addr, link}, nil)
 			}
 		}
-	}
-	for _, key := range slices.Sorted(maps.Keys(e.placed)) {
-		p := e.placed[key]
-		if !taken[p.link] {
-			list = append(list, policy.Local{Pod: p.pod, Interface: p.link})
-			taken[p.link] = true
+		a := e.holder(link)
+		switch names := e.expected[link]; {
+		case a != nil:
+			pod, _ := match(known, a)
+			now[link] = &policy.Local{Pod: pod, Interface: link, Addresses: a.Addresses, Ready: pod != nil}
+			for _, addr := range a.Addresses {
+				if pod != nil {
+					e.becomes(pair{addr, link}, a)
+				}
+			}
+		case len(names) > 0:
+			now[link] = &policy.Local{Pod: e.placed[slices.Min(names)].pod, Interface: link}
+		default:
+			now[link] = nil
 		}
 	}
-	return list
+	clear(e.moved)
+	return now
+}
+
+// becomes notes for which attachment an address is to be ready; nil for none.
+func (e *Engine) becomes(p pair, a *attachment.Attachment) {
+	e.unsettled[p] = true
+	if delete(e.ready, p); a != nil {
+		e.ready[p] = a.Key()
+	}
 }
 
 func podName(a *attachment.Attachment) string { return a.Pod.Namespace + "/" + a.Pod.Name }
@@ -149,11 +162,8 @@ func match(known func(key string) *object.Pod, a *attachment.Attachment) (*objec
 // apply writes into the kernel what is wanted and not there. Now says that somebody waits until flows are judged, too.
 func (e *Engine) apply(ctx context.Context, now bool) (dataplane.Result, error) {
 	e.plane.Idle = map[netip.Addr]bool{}
-	var fresh []pair
-	if !e.settled {
-		e.parted()
-		fresh = e.fresh()
-	}
+	e.parted()
+	fresh := e.fresh()
 	// What has begun is brought to its end, also when policyd is told to stop.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), applyLimit)
 	defer cancel()
@@ -163,15 +173,17 @@ func (e *Engine) apply(ctx context.Context, now bool) (dataplane.Result, error) 
 		}
 		return e.inheritNothing(fresh)
 	})
-	if !e.settled {
-		maps.DeleteFunc(e.guarded, func(p pair, key attachment.Key) bool { return e.ready[p] != key })
-		for _, p := range fresh {
-			if f := rule.FamilyOf(p.address); e.plane.Holds(f, rule.ReadySet(f), p.entry()) {
-				e.guarded[p] = e.ready[p]
-			}
+	for p := range e.unsettled {
+		if e.guarded[p] != e.ready[p] {
+			delete(e.guarded, p)
 		}
-		e.settled = maps.Equal(e.guarded, e.ready)
 	}
+	for _, p := range fresh {
+		if f := rule.FamilyOf(p.address); e.plane.Holds(f, rule.ReadySet(f), p.entry()) {
+			e.guarded[p] = e.ready[p]
+		}
+	}
+	maps.DeleteFunc(e.unsettled, func(p pair, _ bool) bool { return e.guarded[p] == e.ready[p] })
 	for _, f := range rule.Families {
 		e.untouched[f] = e.untouched[f] && !e.plane.Known(f)
 	}
@@ -184,8 +196,8 @@ func (e *Engine) apply(ctx context.Context, now bool) (dataplane.Result, error) 
 // fresh are those who are to become ready. They have no flows to lose, and whatever is known of their entries, they are written:
 // the plugin takes a pod out of these sets by itself, so what was written for a former sandbox may be gone.
 func (e *Engine) fresh() (fresh []pair) {
-	for p, key := range e.ready {
-		if e.guarded[p] == key {
+	for p := range e.unsettled {
+		if key, ready := e.ready[p]; !ready || e.guarded[p] == key {
 			continue
 		}
 		fresh = append(fresh, p)

@@ -2,12 +2,12 @@ package engine
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/netip"
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strings"
 
 	"github.com/fsnotify/fsnotify"
 
@@ -34,12 +34,59 @@ func (e *Engine) recordEvent(event fsnotify.Event) bool {
 
 // setRecord notes what is attached under a key; nil for nothing any more.
 func (e *Engine) setRecord(key attachment.Key, a *attachment.Attachment) {
-	if was := e.records[key]; was != nil && a != nil && reflect.DeepEqual(was, a) {
+	was := e.records[key]
+	if was == nil && a == nil || was != nil && a != nil && reflect.DeepEqual(was, a) {
 		return
 	}
-	e.moved = true
-	if e.records[key] = a; a == nil {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if was != nil {
+		e.enlist(was, false)
 		delete(e.records, key)
+		delete(e.namespaces, key)
+	}
+	if a != nil {
+		e.enlist(a, true)
+		e.records[key], e.namespaces[key] = a, a.NetNS
+	}
+}
+
+// enlist enters a record in the lists that are kept of them, or strikes it off.
+func (e *Engine) enlist(a *attachment.Attachment, in bool) {
+	if a.Policy != attachment.PolicyEnforce {
+		e.ranged = e.ranged || len(a.Addresses) > 0
+		return
+	}
+	e.moved[a.HostInterface] = true
+	listed(e.attached, a.HostInterface, a, in)
+	listed(e.named, podName(a), a, in)
+	// As long as all records of a network have the same ranges, it does not matter which is the newest.
+	counts, ranges := e.networks[a.Network], fmt.Sprint(a.Ranges)
+	if counts == nil {
+		counts = map[string]int{}
+		e.networks[a.Network] = counts
+	}
+	before := len(counts)
+	if in {
+		counts[ranges]++
+	} else if counts[ranges]--; counts[ranges] == 0 {
+		delete(counts, ranges)
+	}
+	e.ranged = e.ranged || before != 1 || len(counts) != 1
+	if len(counts) == 0 {
+		delete(e.networks, a.Network)
+	}
+}
+
+// listed puts a value into the list of a name, or takes it out.
+func listed[V comparable](lists map[string][]V, name string, v V, in bool) {
+	if in {
+		lists[name] = append(lists[name], v)
+		return
+	}
+	lists[name] = slices.DeleteFunc(lists[name], func(o V) bool { return o == v })
+	if len(lists[name]) == 0 {
+		delete(lists, name)
 	}
 }
 
@@ -61,7 +108,15 @@ func (e *Engine) readRecords() []error {
 	for _, a := range list {
 		now[a.Key()] = a
 	}
-	e.records, e.moved, e.relist = now, true, false
+	for key := range e.records {
+		if now[key] == nil {
+			e.setRecord(key, nil)
+		}
+	}
+	for key, a := range now {
+		e.setRecord(key, a)
+	}
+	e.relist = false
 	return errs
 }
 
@@ -89,22 +144,13 @@ func (e *Engine) ranges() (list []netip.Prefix) {
 	return list
 }
 
-// attached returns the attachments that policies speak of, one for each link: of two, the newer sandbox's, for the older's DEL is
-// still to come.
-func (e *Engine) attached() []*attachment.Attachment {
-	newest := map[string]*attachment.Attachment{}
-	for _, a := range e.records {
-		if a.Policy != attachment.PolicyEnforce {
-			continue
-		}
-		if other := newest[a.HostInterface]; other == nil || other.Created.Before(a.Created) {
-			newest[a.HostInterface] = a
+// holder is the attachment at a link that policies speak of: of two, the newer sandbox's, for the older's DEL is still to come.
+// Nil if nobody is attached there.
+func (e *Engine) holder(link string) (newest *attachment.Attachment) {
+	for _, a := range e.attached[link] {
+		if newest == nil || newest.Created.Before(a.Created) {
+			newest = a
 		}
 	}
-	list := make([]*attachment.Attachment, 0, len(newest))
-	for _, a := range newest {
-		list = append(list, a)
-	}
-	slices.SortFunc(list, func(a, b *attachment.Attachment) int { return strings.Compare(a.HostInterface, b.HostInterface) })
-	return list
+	return newest
 }

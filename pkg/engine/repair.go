@@ -185,13 +185,18 @@ func (e *Engine) reread(ctx context.Context, parts ...dataplane.Part) {
 
 // repairLinks puts back what somebody took from the links of attached pods. When all are looked at, it is at all at once.
 func (e *Engine) repairLinks(ctx context.Context, d damage) {
-	list := e.attached()
-	if !d.allLinks {
-		list = slices.DeleteFunc(list, func(a *attachment.Attachment) bool { return !d.links[a.HostInterface] })
-	} else if faulty, err := podlink.Faulty(list); err != nil {
-		e.fail("link", "cannot look at all links at once; looking at each", err)
-	} else {
-		list = faulty
+	var list []*attachment.Attachment
+	for _, link := range slices.Sorted(maps.Keys(e.attached)) {
+		if d.allLinks || d.links[link] {
+			list = append(list, e.holder(link))
+		}
+	}
+	if d.allLinks {
+		if faulty, err := podlink.Faulty(list); err != nil {
+			e.fail("link", "cannot look at all links at once; looking at each", err)
+		} else {
+			list = faulty
+		}
 	}
 	for _, a := range list {
 		found, err := e.restoreLink(a)
@@ -312,7 +317,7 @@ func (e *Engine) alive() ([]*attachment.Attachment, error) {
 // allHere reports whether the namespace of every record that is known is there: then no record needs to be read.
 func (e *Engine) allHere() bool {
 	e.mu.Lock()
-	paths := e.namespaces
+	paths := slices.Collect(maps.Values(e.namespaces))
 	e.mu.Unlock()
 	for _, path := range paths {
 		if _, err := os.Stat(path); err != nil {

@@ -22,8 +22,9 @@ type Index struct {
 	pods       map[string]*pod
 	namespaces map[string]*namespace
 	local      map[string]*Guarded // by interface
+	isolated   map[bool][]string   // of these, the isolated ones, sorted, by whether it is for egress
+	having     map[bool]int        // how many addresses these have, by whether they are IPv4
 	ranges     []netip.Prefix      // sorted
-	served     map[bool]bool       // the answers of Serves
 	policies   int
 	problems   map[string]Problem // by policy
 	// claims are who says that an address is his.
@@ -68,10 +69,11 @@ type policy struct {
 // Changes are what an [Index] takes in.
 type Changes struct {
 	object.Changes
-	// Locals are all interfaces of this node, and Ranges all its prefixes, if NewLocals says so.
-	Locals    []Local
+	// Locals are interfaces of this node that may be others now, by their names; nil if one is not there any more.
+	Locals map[string]*Local
+	// Ranges are all prefixes of this node, if NewRanges says so.
 	Ranges    []netip.Prefix
-	NewLocals bool
+	NewRanges bool
 }
 
 // Delta is what an update has changed.
@@ -113,6 +115,7 @@ type GroupChange struct {
 func NewIndex() *Index {
 	return &Index{
 		pods: map[string]*pod{}, namespaces: map[string]*namespace{}, local: map[string]*Guarded{}, problems: map[string]Problem{},
+		isolated: map[bool][]string{}, having: map[bool]int{},
 		groups: map[string]*Group{}, anchors: map[anchor]map[*Group]bool{}, asking: map[string]map[*Group]bool{},
 		blocks: map[string]*Blocks{},
 	}
@@ -132,33 +135,17 @@ func (x *Index) Policies() int { return x.policies }
 // Local returns an interface of this node, nil if there is none of that name.
 func (x *Index) Local(link string) *Guarded { return x.local[link] }
 
-// Interfaces lists the interfaces of this node that are isolated in a direction, sorted.
-func (x *Index) Interfaces(egress bool) []string {
-	var list []string
-	for link, g := range x.local {
-		if g.Side(egress).Isolated {
-			list = append(list, link)
-		}
-	}
-	slices.Sort(list)
-	return list
-}
+// Interfaces lists the interfaces of this node that are isolated in a direction, sorted. The list is good until the next update.
+func (x *Index) Interfaces(egress bool) []string { return x.isolated[egress] }
 
 // Ranges lists the prefixes whose addresses only this node's pods have, sorted.
 func (x *Index) Ranges() []netip.Prefix { return x.ranges }
 
 // Serves reports whether an interface of this node has an address of a family, or can be given one: what the pods of a node
 // without IPv6 may do over IPv6 need not be worked out, for none of them is ready there.
-func (x *Index) Serves(v4 bool) bool { return x.served[v4] }
+func (x *Index) Serves(v4 bool) bool { return x.having[v4] > 0 || inFamily(x.ranges, v4) }
 
-func serves(pods iter.Seq[*Guarded], ranges []netip.Prefix, v4 bool) bool {
-	for g := range pods {
-		for _, a := range g.Addresses {
-			if a.Is4() == v4 {
-				return true
-			}
-		}
-	}
+func inFamily(ranges []netip.Prefix, v4 bool) bool {
 	return slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Addr().Is4() == v4 })
 }
 
@@ -173,6 +160,17 @@ func (x *Index) Addresses() []netip.Addr {
 		list = append(list, g.Addresses...)
 	}
 	return list
+}
+
+// Links lists the interfaces of this node that have an address.
+func (x *Index) Links(a netip.Addr) (links []string) {
+	claims, _ := x.claims.Get(a)
+	for _, c := range claims {
+		if c.link != "" {
+			links = append(links, c.link)
+		}
+	}
+	return links
 }
 
 // At returns the interface of this node that has an address, nil if none has. Of several, one that is ready.
@@ -199,7 +197,7 @@ func (x *Index) Allowed(src, dst netip.Addr, protocol corev1.Protocol, port uint
 // Update takes in what has changed and returns what follows from it.
 func (x *Index) Update(c Changes) Delta {
 	u := &update{Index: x, delta: Delta{Groups: map[*Group]*GroupChange{}, Blocks: map[*Blocks]bool{},
-		served: x.served},
+		served: map[bool]bool{true: x.Serves(true), false: x.Serves(false)}},
 		touched: map[netip.Addr]map[*Group]bool{}, asked: map[netip.Addr]map[*Group]bool{}, before: map[string]*Guarded{},
 		reclaim: map[*pod]bool{}}
 	for name, ns := range c.Namespaces {
@@ -208,13 +206,9 @@ func (x *Index) Update(c Changes) Delta {
 	for key, p := range c.Pods {
 		u.pod(key, p)
 	}
-	if c.NewLocals {
-		u.locals(c.Locals)
+	u.locals(c.Locals)
+	if c.NewRanges {
 		u.rangesAre(c.Ranges)
-		x.served = map[bool]bool{}
-		for _, v4 := range []bool{true, false} {
-			x.served[v4] = serves(maps.Values(x.local), x.ranges, v4)
-		}
 	}
 	for p := range u.reclaim {
 		u.claimByStatus(p)
@@ -400,20 +394,16 @@ func (u *update) gone(key string, p *pod) {
 	u.forget(p.Namespace)
 }
 
-// locals replaces the interfaces of this node.
-func (u *update) locals(list []Local) {
-	now := make(map[string]Local, len(list))
-	for _, l := range list {
-		now[l.Interface] = l
-	}
-	for link, was := range u.local {
-		if l, stays := now[link]; !stays || !same(was.Local, l) {
+// locals replaces interfaces of this node.
+func (u *update) locals(now map[string]*Local) {
+	for link, l := range now {
+		if was := u.local[link]; was != nil && (l == nil || !same(was.Local, *l)) {
 			u.unlink(was)
 		}
 	}
 	for link, l := range now {
-		if u.local[link] == nil {
-			u.link(l)
+		if l != nil && u.local[link] == nil {
+			u.link(*l)
 		}
 	}
 }
@@ -451,6 +441,7 @@ func (u *update) unlink(g *Guarded) {
 	for _, a := range g.Addresses {
 		u.touch(a)
 		u.unclaim(a, func(c claim) bool { return c.link == g.Interface })
+		u.having[a.Is4()]--
 	}
 	delete(u.local, g.Interface)
 	if p := u.pods[keyOf(g.Pod)]; p != nil {
@@ -472,6 +463,7 @@ func (u *update) link(l Local) {
 	for _, a := range l.Addresses {
 		u.touch(a)
 		u.claim(a, claim{owner, l.Interface})
+		u.having[a.Is4()]++
 	}
 }
 
@@ -608,6 +600,21 @@ func (u *update) guard(link string) {
 	if was != nil || is != nil {
 		u.delta.Interfaces = append(u.delta.Interfaces, Replaced{was, is})
 	}
+	for _, egress := range []bool{false, true} {
+		u.isolated[egress] = Listed(u.isolated[egress], link, is != nil && is.Side(egress).Isolated)
+	}
+}
+
+// Listed puts a name into a sorted list, or takes it out.
+func Listed(list []string, name string, in bool) []string {
+	i, there := slices.BinarySearch(list, name)
+	switch {
+	case in && !there:
+		return slices.Insert(list, i, name)
+	case there && !in:
+		return slices.Delete(list, i, i+1)
+	}
+	return list
 }
 
 // guarded gives an interface the rules of the policies that select its pod.

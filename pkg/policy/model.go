@@ -188,7 +188,11 @@ func (r *Rule) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint1
 // Resolve works out the model from nothing.
 func Resolve(in Input) *Model {
 	x := NewIndex()
-	x.Update(Changes{Changes: object.Diff(object.Cluster{}, in.Cluster), Locals: in.Local, Ranges: in.Ranges, NewLocals: true})
+	locals := make(map[string]*Local, len(in.Local))
+	for i := range in.Local {
+		locals[in.Local[i].Interface] = &in.Local[i]
+	}
+	x.Update(Changes{Changes: object.Diff(object.Cluster{}, in.Cluster), Locals: locals, Ranges: in.Ranges, NewRanges: true})
 	return x.Model()
 }
 
@@ -206,7 +210,11 @@ func (x *Index) Model() *Model {
 }
 
 // Serves is [Index.Serves].
-func (m *Model) Serves(v4 bool) bool { return serves(slices.Values(m.Pods), m.Ranges, v4) }
+func (m *Model) Serves(v4 bool) bool {
+	return inFamily(m.Ranges, v4) || slices.ContainsFunc(m.Pods, func(g *Guarded) bool {
+		return slices.ContainsFunc(g.Addresses, func(a netip.Addr) bool { return a.Is4() == v4 })
+	})
+}
 
 // Problems returns the policies that cannot be used as written, sorted by policy.
 func (x *Index) Problems() []Problem {

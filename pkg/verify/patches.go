@@ -142,9 +142,9 @@ func patched(steps []step, broken *spoiler) (int, string) {
 		was := now
 		now = now.after(s)
 		c := policy.Changes{Changes: s.Changes}
-		here, ranges := now.locals(), now.ranges()
-		if d.chance(3) || !slices.EqualFunc(was.locals(), here, sameLocal) || !slices.Equal(was.ranges(), ranges) {
-			c.Locals, c.Ranges, c.NewLocals = here, ranges, true
+		c.Locals = moved(was.locals(), now.locals(), d)
+		if ranges := now.ranges(); d.chance(3) || !slices.Equal(was.ranges(), ranges) {
+			c.Ranges, c.NewRanges = ranges, true
 		}
 		if broken != nil && broken.changes != nil {
 			broken.changes(d, &c)
@@ -169,6 +169,20 @@ func patched(steps []step, broken *spoiler) (int, string) {
 		}
 	}
 	return len(steps), ""
+}
+
+// moved are the interfaces that differ, and some that do not.
+func moved(was, now []policy.Local, d dice) map[string]*policy.Local {
+	before, list := map[string]policy.Local{}, map[string]*policy.Local{}
+	for _, l := range was {
+		before[l.Interface], list[l.Interface] = l, nil
+	}
+	for _, l := range now {
+		if list[l.Interface] = &l; sameLocal(before[l.Interface], l) && !d.chance(3) {
+			delete(list, l.Interface)
+		}
+	}
+	return list
 }
 
 // sameLocal reports whether an interface is for the index what it was: what has changed of its pod, the index learns as a change

@@ -67,7 +67,9 @@ func spoilers() []spoiler {
 			}
 		}},
 		{name: "records are passed over", changes: func(d dice, c *policy.Changes) {
-			c.NewLocals = c.NewLocals && !now(d)
+			if now(d) {
+				c.Locals = nil
+			}
 		}},
 	}
 }

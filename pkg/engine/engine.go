@@ -232,7 +232,8 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		case <-e.wake:
 			pass = true
 		case event := <-records.Events:
-			pass = e.recordEvent(event)
+			e.recordEvent(event)
+			pass = e.relist
 		case <-records.Errors:
 			e.relist, pass = true, true
 		case <-beat.C:

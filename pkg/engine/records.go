@@ -14,11 +14,12 @@ import (
 	"github.com/postern-cni/postern/pkg/attachment"
 )
 
-// recordEvent reads the record that an event is about, and reports whether it was about one.
-func (e *Engine) recordEvent(event fsnotify.Event) bool {
+// recordEvent reads the record that an event is about. If that is known already, as that of a pod that was asked about, nothing
+// is moved by it.
+func (e *Engine) recordEvent(event fsnotify.Event) {
 	key, err := attachment.KeyOf(filepath.Base(event.Name))
 	if err != nil {
-		return false // a file that is still being written, under a name of its own
+		return // a file that is still being written, under a name of its own
 	}
 	a, err := e.store.Get(key)
 	switch {
@@ -29,7 +30,6 @@ func (e *Engine) recordEvent(event fsnotify.Event) bool {
 	default:
 		e.setRecord(key, a)
 	}
-	return true
 }
 
 // setRecord notes what is attached under a key; nil for nothing any more.

@@ -115,10 +115,10 @@ func atRestore(spoil func(*walker, rule.Family) error) func(*walker, string) err
 	}
 }
 
-// search takes walks until one finds what is broken.
+// search takes walks until one finds what is broken: the first, for most of it, but of some only a rare coincidence is a hole.
 func (b *saboteur) search(o options, backend iptables.Backend) (string, bool, error) {
 	taken := 0
-	for n := range uint64(4 * o.walks) {
+	for n := range uint64(32 * o.walks) {
 		w, err := takeWalk(backend, walk(throw(o.seed, n, forWalks), sabotaged), b)
 		if taken += w.Steps; err != nil {
 			return "", false, err

@@ -31,7 +31,7 @@ func sizeOf(quick bool) size {
 	if quick {
 		return size{pods: 110, rounds: 12, levels: []int{10, 1000}, adds: 12, starts: 50}
 	}
-	return size{pods: 110, rounds: 100, levels: []int{10, 110, 250, 500, 1000}, adds: 60, starts: 500}
+	return size{pods: 110, rounds: 60, levels: []int{10, 110, 250, 500, 1000}, adds: 30, starts: 500}
 }
 
 // bench is a run under way.

@@ -50,15 +50,15 @@ func sizes(env table.Env) []effort {
 		return []effort{{pods: 2000, joins: 60, policies: 5, starts: 3, settling: 3 * time.Second, idle: 10 * time.Second,
 			busy: 10 * time.Second, marked: true, mebibytes: 64, restarts: 1, warmJoins: 10, warmPolicies: 1, rate: 100}}
 	}
-	rows := effort{pods: 10_000, joins: 300, policies: 20, starts: 5, settling: 10 * time.Second, idle: time.Minute, busy: time.Minute,
+	rows := effort{pods: 10_000, joins: 200, policies: 15, starts: 5, settling: 10 * time.Second, idle: time.Minute, busy: time.Minute,
 		marked: true, mebibytes: 64, restarts: 3, curves: true, warmJoins: 20, warmPolicies: 2, rate: 100}
 	if !env.Rows[10] { // nothing else is about more pods
 		return []effort{rows}
 	}
-	small := effort{pods: 1000, joins: 100, policies: 7, starts: 3, settling: 10 * time.Second, idle: 10 * time.Second,
-		busy: 10 * time.Second, curves: true, warmJoins: 20, warmPolicies: 2, rate: 100}
+	small := effort{pods: 1000, joins: 60, policies: 5, starts: 3, settling: 5 * time.Second, idle: 5 * time.Second,
+		busy: 5 * time.Second, curves: true, warmJoins: 20, warmPolicies: 2, rate: 100}
 	large := small
-	large.pods, large.settling, large.mebibytes = 100_000, 20 * time.Second, 256
+	large.pods, large.settling, large.mebibytes = 100_000, 10 * time.Second, 256
 	return []effort{small, rows, large}
 }
 

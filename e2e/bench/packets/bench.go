@@ -36,7 +36,7 @@ func sizeOf(quick bool) size {
 	if quick {
 		return size{few: 10, pods: 250, many: 250, rounds: 40, load: fullLoad}
 	}
-	return size{few: 10, pods: 250, many: 1000, rounds: 200, load: fullLoad}
+	return size{few: 10, pods: 250, many: 1000, rounds: 100, load: fullLoad}
 }
 
 // bench is a run under way.

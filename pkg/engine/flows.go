@@ -19,9 +19,9 @@ import (
 
 // The flows that policies do not allow any more are found by reading the whole conntrack table, which takes milliseconds however
 // few they are. So they are judged together (judge): of a change after a quiet time at once, in its pass, and of what follows
-// within a pause of half a second at most, when that is over. At once, too, where a pass promises that what it wrote is in force, and
-// where our rules themselves may have been away. Who was judged is judged once more by the next reading, for packets that were on
-// their way while the rules changed.
+// within a pause of half a second at most, when that is over. At once, too, where a pass promises that what it wrote is in
+// force, and where our rules themselves may have been away. Who was judged is judged once more by the next reading, for packets
+// that were on their way while the rules changed.
 
 // suspects are addresses whose live flows may have to end. Those of a change are gathered with it (suspect) and kept until a pass
 // has succeeded. They become unjudged with whatever is taken away in the kernel, also by a write that failed and may have been

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 
 	"github.com/fsnotify/fsnotify"
 
@@ -146,11 +148,11 @@ func (e *Engine) ranges() (list []netip.Prefix) {
 
 // holder is the attachment at a link that policies speak of: of two, the newer sandbox's, for the older's DEL is still to come.
 // Nil if nobody is attached there.
-func (e *Engine) holder(link string) (newest *attachment.Attachment) {
-	for _, a := range e.attached[link] {
-		if newest == nil || newest.Created.Before(a.Created) {
-			newest = a
-		}
+func (e *Engine) holder(link string) *attachment.Attachment {
+	if len(e.attached[link]) == 0 {
+		return nil
 	}
-	return newest
+	return slices.MaxFunc(e.attached[link], func(a, b *attachment.Attachment) int {
+		return cmp.Or(a.Created.Compare(b.Created), strings.Compare(a.Key().String(), b.Key().String()))
+	})
 }

@@ -29,7 +29,7 @@ func (b *bench) build(ctx context.Context) (err error) {
 	if err := b.write(); err != nil {
 		return err
 	}
-	b.ours = &side{name: "postern", node: b.node, network: b.node.Postern, filler: b.node.Standing(), guarded: true}
+	b.ours = &side{name: "postern", node: b.node, network: b.node.Postern, guarded: true}
 	if b.theirs, err = b.elsewhere("peer", ptp()); err != nil {
 		return err
 	}

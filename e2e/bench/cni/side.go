@@ -26,7 +26,6 @@ type side struct {
 	name    string
 	node    *world.Node // which makes sandboxes for all sides
 	network *world.Network
-	filler  *world.Network               // attaches the pods that are never measured, if it is another one
 	args    func(number int) [][2]string // further CNI_ARGS of a spare pod, or nil
 	guarded bool                         // policyd is to know its pods
 
@@ -122,9 +121,6 @@ func (s *side) fill(ctx context.Context, pods int) error {
 func (s *side) attach(ctx context.Context, p world.Pod) ([]netip.Addr, error) {
 	if _, err := s.node.Sandbox(p.Sandbox()); err != nil {
 		return nil, err
-	}
-	if s.filler != nil {
-		return s.filler.Add(ctx, p)
 	}
 	return s.network.Add(ctx, p)
 }

@@ -58,7 +58,7 @@ func sizes(env table.Env) []effort {
 	small := effort{pods: 1000, joins: 60, policies: 5, starts: 3, settling: 5 * time.Second, idle: 5 * time.Second,
 		busy: 5 * time.Second, curves: true, warmJoins: 20, warmPolicies: 2, rate: 100}
 	large := small
-	large.pods, large.settling, large.mebibytes = 100_000, 10 * time.Second, 256
+	large.pods, large.settling, large.mebibytes = 100_000, 10*time.Second, 256
 	return []effort{small, rows, large}
 }
 

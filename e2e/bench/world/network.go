@@ -1,7 +1,6 @@
 package world
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -9,16 +8,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/plugins/pkg/ns"
-
-	"github.com/postern-cni/postern/pkg/attach"
-	"github.com/postern-cni/postern/pkg/cniconf"
 )
 
 // Network is a network configuration list, and the libcni that calls its plugins for pods.
@@ -58,49 +53,8 @@ func (n *Node) Network(node string, list map[string]any) (*Network, error) {
 		return nil, fmt.Errorf("read the network configuration list %s: %w", text, err)
 	}
 	run := programs{&invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}}}
-	return &Network{list: parsed, node: node, cni: n.libcni(parsed.Name, run)}, nil
-}
-
-func (n *Node) libcni(network string, run invoke.Exec) *libcni.CNIConfig {
-	return libcni.NewCNIConfigWithCacheDir([]string{n.Bin}, filepath.Join(cacheDir, network), run)
-}
-
-// Standing is postern's network with ADD done in this process, which does the same to the node in less time: for many pods whose
-// attachment nobody measures.
-func (n *Node) Standing() *Network {
-	w := *n.Postern
-	w.cni = n.libcni(w.list.Name, new(standing))
-	return &w
-}
-
-// standing is the plugin without a process of its own.
-type standing struct{ invoke.DefaultExec }
-
-func (*standing) ExecPlugin(ctx context.Context, _ string, stdin []byte, environ []string) ([]byte, error) {
-	vars := map[string]string{}
-	for _, v := range environ {
-		name, value, _ := strings.Cut(v, "=")
-		vars[name] = value
-	}
-	if command := vars["CNI_COMMAND"]; command != "ADD" {
-		return nil, fmt.Errorf("%s of a standing pod: only ADD is done in this process", command)
-	}
-	cfg, err := cniconf.Parse(stdin, cniconf.Environment{Command: "ADD", ContainerID: vars["CNI_CONTAINERID"],
-		NetNS: vars["CNI_NETNS"], IfName: vars["CNI_IFNAME"], Args: vars["CNI_ARGS"]})
-	if err != nil {
-		return nil, err
-	}
-	result, err := new(attach.Plugin).Add(ctx, cfg)
-	if err != nil {
-		return nil, err
-	}
-	said, err := result.GetAsVersion(cfg.CNIVersion)
-	if err != nil {
-		return nil, err
-	}
-	var out bytes.Buffer
-	err = said.PrintTo(&out)
-	return out.Bytes(), err
+	return &Network{list: parsed, node: node,
+		cni: libcni.NewCNIConfigWithCacheDir([]string{n.Bin}, filepath.Join(cacheDir, parsed.Name), run)}, nil
 }
 
 // programs runs plugins with the node's iptables first in their PATH.

@@ -3,9 +3,11 @@
 package attachment
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"net/netip"
+	"strings"
 	"time"
 )
 
@@ -76,6 +78,12 @@ type Key struct{ ContainerID, IfName string }
 
 // Key returns the attachment's key.
 func (a *Attachment) Key() Key { return Key{a.ContainerID, a.IfName} }
+
+// Older orders attachments by their age, the older first; those of one time by their keys, so that whoever asks for the newest
+// always gets the same.
+func Older(a, b *Attachment) int {
+	return cmp.Or(a.Created.Compare(b.Created), strings.Compare(a.Key().String(), b.Key().String()))
+}
 
 // Identity is what the host interface is named after: the pod's UID, else its namespace/name, else the container ID.
 func (a *Attachment) Identity() string {

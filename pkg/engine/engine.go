@@ -212,6 +212,7 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 	changes := pacer{pause: passPause}
 	found := damage{ports: true} // hostPort rules may be gone since policyd ended
 	looks, portLooks := pacer{pause: lookPause}, pacer{pause: portPause, delay: portDelay}
+	var rest pacer // without a pause: what has happened meanwhile gets in between all the same
 	e.pulse()
 	for {
 		pass := false
@@ -248,11 +249,13 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		case <-compare.C:
 			e.compare(&found)
 		case <-looks.due:
+			looks.done()
 			e.repair(ctx, &found)
 			pass = true
-			if looks.done(); found.some() {
-				looks.due = time.After(0) // the rest, after what has happened meanwhile
-			}
+		case <-rest.due:
+			rest.done()
+			e.repairRest(ctx, &found)
+			pass = true
 		case <-portLooks.due:
 			portLooks.done()
 			var err error
@@ -272,6 +275,9 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 		}
 		if found.some() {
 			looks.ask()
+		}
+		if found.rest() {
+			rest.ask()
 		}
 		if found.ports {
 			portLooks.ask()

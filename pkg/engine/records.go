@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,7 +8,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
-	"strings"
 
 	"github.com/fsnotify/fsnotify"
 
@@ -40,16 +38,18 @@ func (e *Engine) setRecord(key attachment.Key, a *attachment.Attachment) {
 	if was == nil && a == nil || was != nil && a != nil && reflect.DeepEqual(was, a) {
 		return
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	if was != nil {
 		e.enlist(was, false)
 		delete(e.records, key)
-		delete(e.namespaces, key)
 	}
 	if a != nil {
 		e.enlist(a, true)
-		e.records[key], e.namespaces[key] = a, a.NetNS
+		e.records[key] = a
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if delete(e.namespaces, key); a != nil {
+		e.namespaces[key] = a.NetNS
 	}
 }
 
@@ -132,7 +132,7 @@ func (e *Engine) ranges() (list []netip.Prefix) {
 			others = append(others, a.Addresses...)
 			continue
 		}
-		if other := newest[a.Network]; other == nil || other.Created.Before(a.Created) {
+		if other := newest[a.Network]; other == nil || attachment.Older(other, a) < 0 {
 			newest[a.Network] = a
 		}
 	}
@@ -152,7 +152,5 @@ func (e *Engine) holder(link string) *attachment.Attachment {
 	if len(e.attached[link]) == 0 {
 		return nil
 	}
-	return slices.MaxFunc(e.attached[link], func(a, b *attachment.Attachment) int {
-		return cmp.Or(a.Created.Compare(b.Created), strings.Compare(a.Key().String(), b.Key().String()))
-	})
+	return slices.MaxFunc(e.attached[link], attachment.Older)
 }

@@ -22,18 +22,18 @@ import (
 
 // damage is where somebody else may have changed our part of the kernel.
 type damage struct {
+	links  map[string]bool
+	parts  map[dataplane.Part]bool
+	counts bool // of the entries of all sets
+	ports  bool
+	// What is looked at without a reason: all links, and parts, of which sets come first.
 	allLinks bool
-	links    map[string]bool
-	parts    map[dataplane.Part]bool
-	counts   bool             // of the entries of all sets
-	later    []dataplane.Part // to be read without a reason
-	ports    bool
+	unasked  []dataplane.Part
 }
 
-// some reports whether there is anything to look at, but for hostPorts.
-func (d *damage) some() bool {
-	return d.allLinks || d.counts || len(d.links)+len(d.parts)+len(d.later) > 0
-}
+// some reports whether there is a reason to look at something besides hostPorts, rest whether something is looked at without.
+func (d *damage) some() bool { return d.counts || len(d.links)+len(d.parts) > 0 }
+func (d *damage) rest() bool { return d.allLinks || len(d.unasked) > 0 }
 
 // watchers notice what others change, as far as the kernel tells.
 type watchers struct {
@@ -86,10 +86,10 @@ func (e *Engine) compare(d *damage) {
 	announced := e.Backend == iptables.NFT && !e.unwatched.Load()
 	if !announced || e.RepairInterval < time.Minute || e.compared%thorough == 0 {
 		e.relist = true
-		if len(d.later) == 0 { // or the last comparison is not at its end
+		if len(d.unasked) == 0 { // or the last comparison is not at its end
 			for _, table := range append([]rule.Table{""}, dataplane.Policies.Tables...) {
 				for _, f := range rule.Families {
-					d.later = append(d.later, dataplane.Part{Family: f, Table: table})
+					d.unasked = append(d.unasked, dataplane.Part{Family: f, Table: table})
 				}
 			}
 		}
@@ -138,29 +138,46 @@ func (e *Engine) glance(d *damage, peers bool) {
 	}
 }
 
-// repair looks where damage may be. What it looks at without a reason it takes one by one, so that what happens meanwhile need
-// not wait for all. It puts right what it finds; for policies, the next pass does that.
+// repair looks where there is a reason to. It puts right what it finds; for policies, the next pass does that.
 func (e *Engine) repair(ctx context.Context, d *damage) {
+	if !e.started() {
+		*d = damage{ports: d.ports} // everything is about to be read
+		return
+	}
+	if d.counts {
+		e.glance(d, true)
+	}
+	if len(d.parts) > 0 {
+		e.reread(ctx, slices.Collect(maps.Keys(d.parts))...)
+	}
+	if len(d.links) > 0 {
+		e.repairLinks(ctx, e.holders(func(link string) bool { return d.links[link] }))
+	}
+	d.counts, d.parts, d.links = false, nil, nil
+}
+
+// repairRest does the same with one piece of what is looked at without a reason, so that what happens meanwhile need not wait for
+// all of it.
+func (e *Engine) repairRest(ctx context.Context, d *damage) {
 	switch {
 	case !e.started():
-		*d = damage{ports: d.ports} // everything is about to be read
-	case d.counts || len(d.parts) > 0:
-		if d.counts {
-			e.glance(d, true)
+		*d = damage{ports: d.ports}
+	case d.allLinks:
+		d.allLinks = false
+		list := e.holders(func(string) bool { return true })
+		if faulty, err := podlink.Faulty(list); err != nil {
+			e.fail("link", "cannot look at all links at once; looking at each", err)
+		} else {
+			list = faulty
 		}
-		if len(d.parts) > 0 {
-			e.reread(ctx, slices.Collect(maps.Keys(d.parts))...)
-		}
-		d.counts, d.parts = false, nil
-	case d.allLinks || len(d.links) > 0:
-		e.repairLinks(ctx, *d)
-		d.allLinks, d.links = false, nil
-	case d.later[0].Table == "":
-		e.reread(ctx, d.later[:len(rule.Families)]...) // the sets of all families are read together
-		d.later = d.later[len(rule.Families):]
+		e.repairLinks(ctx, list)
+	case d.unasked[0].Table == "":
+		n := len(rule.Families) // the sets of all families are read together
+		e.reread(ctx, d.unasked[:n]...)
+		d.unasked = d.unasked[n:]
 	default:
-		e.reread(ctx, d.later[0])
-		d.later = d.later[1:]
+		e.reread(ctx, d.unasked[0])
+		d.unasked = d.unasked[1:]
 	}
 }
 
@@ -183,21 +200,18 @@ func (e *Engine) reread(ctx context.Context, parts ...dataplane.Part) {
 	}
 }
 
-// repairLinks puts back what somebody took from the links of attached pods. When all are looked at, it is at all at once.
-func (e *Engine) repairLinks(ctx context.Context, d damage) {
-	var list []*attachment.Attachment
+// holders are the attachments at some links, in the order of these.
+func (e *Engine) holders(which func(link string) bool) (list []*attachment.Attachment) {
 	for _, link := range slices.Sorted(maps.Keys(e.attached)) {
-		if d.allLinks || d.links[link] {
+		if which(link) {
 			list = append(list, e.holder(link))
 		}
 	}
-	if d.allLinks {
-		if faulty, err := podlink.Faulty(list); err != nil {
-			e.fail("link", "cannot look at all links at once; looking at each", err)
-		} else {
-			list = faulty
-		}
-	}
+	return list
+}
+
+// repairLinks puts back what somebody took from the links of attached pods.
+func (e *Engine) repairLinks(ctx context.Context, list []*attachment.Attachment) {
 	for _, a := range list {
 		found, err := e.restoreLink(a)
 		if err != nil && ctx.Err() == nil {

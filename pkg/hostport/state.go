@@ -1,10 +1,8 @@
 package hostport
 
 import (
-	"cmp"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/postern-cni/postern/pkg/attachment"
 	"github.com/postern-cni/postern/pkg/rule"
@@ -69,9 +67,7 @@ func loopbackChain() rule.Chain {
 // current returns the attachments with port mappings, older before newer (so that what an ADD appends is last here as well),
 // without those that a newer one on the same host interface has superseded.
 func current(attachments []*attachment.Attachment) []*attachment.Attachment {
-	sorted := slices.SortedFunc(slices.Values(attachments), func(a, b *attachment.Attachment) int {
-		return cmp.Or(a.Created.Compare(b.Created), strings.Compare(a.Key().String(), b.Key().String()))
-	})
+	sorted := slices.SortedFunc(slices.Values(attachments), attachment.Older)
 	newest := map[string]*attachment.Attachment{}
 	for _, a := range sorted {
 		newest[a.HostInterface] = a

@@ -67,98 +67,118 @@ func (w *wirePod) UnmarshalJSON(text []byte) error {
 
 // Unmarshal reads the protobuf of a Pod.
 func (w *wirePod) Unmarshal(message []byte) error {
-	p := &object.Pod{}
-	var labels []object.Label
-	var phase, podIP string
-	var podIPs []string
-	var containers, inits []container
-	metadata := func(number protowire.Number, f field) error {
-		switch number {
-		case 1:
-			return f.text(&p.Name)
-		case 3:
-			return f.text(&p.Namespace)
-		case 5:
-			return f.text(&p.UID)
-		case 6:
-			return f.text(&w.version)
-		case 9:
-			p.Terminating = true
-			return f.message(nothing)
-		case 11:
-			l, err := f.entry()
-			labels = append(labels, l)
-			return err
-		case 12:
-			a, err := f.entry()
-			switch a.Key {
-			case corev1.MirrorPodAnnotationKey:
-				p.Mirror = a.Value
-			case metav1.InitialEventsAnnotationKey:
-				w.last = a.Value == "true"
-			}
-			return err
-		}
-		return nil
-	}
-	spec := func(number protowire.Number, f field) error {
-		switch number {
-		case 2:
-			return f.container(&containers)
-		case 10:
-			return f.text(&p.Node)
-		case 11:
-			var on uint64
-			err := f.number(&on)
-			p.HostNetwork = on != 0
-			return err
-		case 20:
-			return f.container(&inits)
-		}
-		return nil
-	}
-	status := func(number protowire.Number, f field) error {
-		switch number {
-		case 1:
-			return f.text(&phase)
-		case 6:
-			return f.text(&podIP)
-		case 12:
-			var ip string
-			err := f.message(func(number protowire.Number, f field) error {
-				if number == 1 {
-					return f.text(&ip)
-				}
-				return nil
-			})
-			podIPs = append(podIPs, ip)
-			return err
-		}
-		return nil
-	}
+	r := podReader{wirePod: w, pod: &object.Pod{}}
 	err := fields(message, func(number protowire.Number, f field) error {
 		switch number {
 		case 1:
-			return f.message(metadata)
+			return f.message(r.metadata)
 		case 2:
-			return f.message(spec)
+			return f.message(r.spec)
 		case 3:
-			return f.message(status)
+			return f.message(r.status)
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("read a Pod (%q in namespace %q): %w", p.Name, p.Namespace, err)
+		return fmt.Errorf("read a Pod (%q in namespace %q): %w", r.pod.Name, r.pod.Namespace, err)
 	}
-	p.Labels = object.LabelsFrom(labels)
-	p.IPs = addresses(podIPs, podIP)
-	p.Ended = ended(corev1.PodPhase(phase))
-	inits = slices.DeleteFunc(inits, func(c container) bool { return c.restart != string(corev1.ContainerRestartPolicyAlways) })
-	for _, c := range append(containers, inits...) {
+	w.namespace, w.name, w.object = r.pod.Namespace, r.pod.Name, r.whole()
+	return nil
+}
+
+// podReader gathers the fields of a Pod that are something only together with others.
+type podReader struct {
+	*wirePod
+	pod               *object.Pod
+	labels            []object.Label
+	phase, podIP      string
+	podIPs            []string
+	containers, inits []container
+}
+
+// metadata takes in a field of ObjectMeta.
+func (r *podReader) metadata(number protowire.Number, f field) error {
+	switch number {
+	case 1:
+		return f.text(&r.pod.Name)
+	case 3:
+		return f.text(&r.pod.Namespace)
+	case 5:
+		return f.text(&r.pod.UID)
+	case 6:
+		return f.text(&r.version)
+	case 9:
+		r.pod.Terminating = true
+		return f.message(nothing)
+	case 11:
+		l, err := f.entry()
+		r.labels = append(r.labels, l)
+		return err
+	case 12:
+		a, err := f.entry()
+		switch a.Key {
+		case corev1.MirrorPodAnnotationKey:
+			r.pod.Mirror = a.Value
+		case metav1.InitialEventsAnnotationKey:
+			r.last = a.Value == "true"
+		}
+		return err
+	}
+	return nil
+}
+
+// spec takes in a field of PodSpec.
+func (r *podReader) spec(number protowire.Number, f field) error {
+	switch number {
+	case 2:
+		return f.container(&r.containers)
+	case 10:
+		return f.text(&r.pod.Node)
+	case 11:
+		var on uint64
+		err := f.number(&on)
+		r.pod.HostNetwork = on != 0
+		return err
+	case 20:
+		return f.container(&r.inits)
+	}
+	return nil
+}
+
+// status takes in a field of PodStatus.
+func (r *podReader) status(number protowire.Number, f field) error {
+	switch number {
+	case 1:
+		return f.text(&r.phase)
+	case 6:
+		return f.text(&r.podIP)
+	case 12:
+		var ip string
+		err := f.message(func(number protowire.Number, f field) error {
+			if number == 1 {
+				return f.text(&ip)
+			}
+			return nil
+		})
+		r.podIPs = append(r.podIPs, ip)
+		return err
+	}
+	return nil
+}
+
+// whole is the pod, when all fields are there.
+func (r *podReader) whole() *object.Pod {
+	p := r.pod
+	p.Labels = object.LabelsFrom(r.labels)
+	p.IPs = addresses(r.podIPs, r.podIP)
+	p.Ended = ended(corev1.PodPhase(r.phase))
+	sidecars := slices.DeleteFunc(r.inits, func(c container) bool {
+		return c.restart != string(corev1.ContainerRestartPolicyAlways)
+	})
+	for _, c := range append(r.containers, sidecars...) {
 		p.Ports = append(p.Ports, c.ports...)
 	}
-	w.namespace, w.name, w.object = p.Namespace, p.Name, p
-	return nil
+	return p
 }
 
 // container is what matters of one.

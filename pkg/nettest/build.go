@@ -53,6 +53,18 @@ func Build(t testing.TB, pkg string) string {
 	return BuildVersion(t, pkg, "")
 }
 
+// Programs returns a folder with programs by their names, each as [Build] makes it from what is given.
+func Programs(t testing.TB, sources map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, source := range sources {
+		if err := os.Symlink(Build(t, source), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
 // BuildVersion is [Build] for a second build of the same source, whose main.version is the given one.
 func BuildVersion(t testing.TB, pkg, version string) string {
 	t.Helper()

@@ -3,8 +3,6 @@ package cni
 import (
 	"context"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -20,16 +18,10 @@ func TestMain(m *testing.M) { nettest.Main(m) }
 func programs(t *testing.T) string {
 	t.Helper()
 	const plugins = "github.com/containernetworking/plugins/plugins/"
-	dir := t.TempDir()
-	for name, source := range map[string]string{
+	return nettest.Programs(t, map[string]string{
 		"postern": "plugin", "policyd": "policyd", "floor": "e2e/bench/floor", "nothing": "e2e/bench/nothing",
 		"ptp": plugins + "main/ptp", "host-local": plugins + "ipam/host-local", "portmap": plugins + "meta/portmap",
-	} {
-		if err := os.Symlink(nettest.Build(t, source), filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return dir
+	})
 }
 
 // The benchmark's node is the test's own network namespace, so there is one test, with one backend.

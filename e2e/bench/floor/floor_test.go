@@ -50,12 +50,7 @@ func TestTheFloorsPodIsLikePosterns(t *testing.T) {
 
 func node(t *testing.T, ctx context.Context) *world.Node {
 	t.Helper()
-	bin := t.TempDir()
-	for name, source := range map[string]string{"postern": "plugin", "floor": "e2e/bench/floor"} {
-		if err := os.Symlink(nettest.Build(t, source), filepath.Join(bin, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	bin := nettest.Programs(t, map[string]string{"postern": "plugin", "floor": "e2e/bench/floor"})
 	n, err := world.New(ctx, table.Env{Bin: bin, Dir: t.TempDir()}, "nft")
 	if err != nil {
 		t.Fatal(err)

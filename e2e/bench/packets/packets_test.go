@@ -3,8 +3,6 @@ package packets
 import (
 	"context"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -21,12 +19,7 @@ func TestEveryRowIsMeasured(t *testing.T) {
 	nettest.Need(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	bin := t.TempDir()
-	for name, source := range map[string]string{"postern": "plugin", "policyd": "policyd"} {
-		if err := os.Symlink(nettest.Build(t, source), filepath.Join(bin, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	bin := nettest.Programs(t, map[string]string{"postern": "plugin", "policyd": "policyd"})
 	rows := map[int]bool{13: true, 14: true, 15: true}
 	env := table.Env{Rows: rows, Backends: []string{"nft"}, Bin: bin, Dir: t.TempDir(), Say: t.Logf}
 	s := size{few: 3, pods: 4, many: 5, rounds: 2, load: load{connections: 10, bursts: 2, packets: 10}}

@@ -8,8 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -24,13 +22,7 @@ func TestMain(m *testing.M) { nettest.Main(m) }
 // programs is a folder with those of the node.
 func programs(t *testing.T) string {
 	t.Helper()
-	dir := t.TempDir()
-	for name, folder := range map[string]string{"postern": "plugin", "policyd": "policyd"} {
-		if err := os.Symlink(nettest.Build(t, folder), filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return dir
+	return nettest.Programs(t, map[string]string{"postern": "plugin", "policyd": "policyd"})
 }
 
 // The world's node is the test's own network namespace, so there is one test, with one backend.

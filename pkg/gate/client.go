@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,12 +43,13 @@ func Dial(ctx context.Context, stateDir string) (*Client, error) {
 	var away error
 	for {
 		conn, err := DialOnce(ctx, stateDir)
+		var timeout net.Error // package net has two errors for a deadline that has passed
 		switch {
 		case err == nil:
 			return conn, nil
 		case errors.Is(err, ErrAway):
 			away = err
-		case away != nil && errors.Is(err, os.ErrDeadlineExceeded), away != nil && ctx.Err() != nil: // the end came in a try
+		case away != nil && (ctx.Err() != nil || errors.As(err, &timeout) && timeout.Timeout()): // the end came in a try
 			return nil, away
 		default:
 			return nil, err

@@ -331,6 +331,21 @@ func TestASuccessorsSocketSurvivesItsPredecessor(t *testing.T) {
 	}
 }
 
+// lateContext has a deadline that passes before the context says so, as where its timer comes late.
+type lateContext struct {
+	context.Context
+	deadline time.Time
+}
+
+func (c lateContext) Deadline() (time.Time, bool) { return c.deadline, true }
+
+func TestADeadlineThatPassesInATryIsTheEnd(t *testing.T) {
+	ctx := lateContext{context.Background(), time.Now().Add(100 * time.Millisecond)}
+	if _, err := gate.Dial(ctx, t.TempDir()); !errors.Is(err, gate.ErrAway) {
+		t.Errorf("nobody listens: %v", err)
+	}
+}
+
 func TestDialWaitsUntilTheContextEnds(t *testing.T) {
 	dir := t.TempDir()
 	begin := time.Now()

@@ -33,7 +33,8 @@ func (n *Node) Sandbox(name string) (path string, err error) {
 	}
 	done := make(chan error)
 	go func() {
-		runtime.LockOSThread() // for good: the thread is in the new namespace, and ends with the goroutine
+		// For good: the thread ends with the goroutine. The process's first thread does not, so it must not stay in there.
+		runtime.LockOSThread()
 		done <- makeSandbox(name)
 	}()
 	if err := <-done; err != nil {
@@ -42,7 +43,13 @@ func (n *Node) Sandbox(name string) (path string, err error) {
 	return path, nil
 }
 
-func makeSandbox(name string) error {
+func makeSandbox(name string) (err error) {
+	origin, err := netns.Get()
+	if err != nil {
+		return err
+	}
+	defer origin.Close()
+	defer func() { err = errors.Join(err, netns.Set(origin)) }()
 	handle, err := netns.NewNamed(name)
 	if err != nil {
 		return err

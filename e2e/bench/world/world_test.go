@@ -8,9 +8,12 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/postern-cni/postern/e2e/bench/table"
 	"github.com/postern-cni/postern/e2e/bench/world"
@@ -99,4 +102,26 @@ func get(t *testing.T, url string) string {
 		return fmt.Sprint(answer.Status, err)
 	}
 	return string(text)
+}
+
+// A thread that stayed in a sandbox would keep its links for ever. The first thread of a process stays when its goroutine ends, so
+// it is looked at, after each of many sandboxes.
+func TestNoThreadStaysInASandbox(t *testing.T) {
+	nettest.Need(t)
+	var n world.Node
+	for i := range 200 {
+		name := fmt.Sprintf("thread-%d", i)
+		path, err := n.Sandbox(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var sandbox unix.Stat_t
+		if err := errors.Join(unix.Stat(path, &sandbox), n.RemoveSandbox(name)); err != nil {
+			t.Fatal(err)
+		}
+		first, err := os.Readlink(fmt.Sprintf("/proc/self/task/%d/ns/net", os.Getpid()))
+		if err != nil || first == fmt.Sprintf("net:[%d]", sandbox.Ino) {
+			t.Fatalf("sandbox %d: the first thread is in %s, %v", i, first, err)
+		}
+	}
 }

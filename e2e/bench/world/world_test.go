@@ -104,9 +104,9 @@ func get(t *testing.T, url string) string {
 	return string(text)
 }
 
-// A thread that stayed in a sandbox would keep its links for ever. The first thread of a process stays when its goroutine ends, so
+// A thread that stays in a sandbox keeps its links for ever. The first thread of a process stays when its goroutine ends, so
 // it is looked at, after each of many sandboxes.
-func TestNoThreadStaysInASandbox(t *testing.T) {
+func TestTheFirstThreadStaysInNoSandbox(t *testing.T) {
 	nettest.Need(t)
 	var n world.Node
 	for i := range 200 {

@@ -2,9 +2,12 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"strings"
+
+	"github.com/postern-cni/postern/pkg/rule"
 )
 
 // Detect finds the backend that the node's other software uses, as the Kubernetes project's iptables-wrapper does: the one
@@ -28,8 +31,15 @@ func Detect(ctx context.Context) (Backend, error) {
 	return best, nil
 }
 
-// Rules counts the rules that a backend holds, of both families.
+// Rules counts the rules that a backend holds, of both families. Where legacy has no table, no program is started to say so.
 func Rules(ctx context.Context, b Backend) (int, error) {
+	if b == Legacy {
+		v4, err := legacyTables(rule.IPv4)
+		v6, err2 := legacyTables(rule.IPv6)
+		if err := errors.Join(err, err2); err != nil || len(v4)+len(v6) == 0 {
+			return 0, err
+		}
+	}
 	rules, _, err := look(ctx, b)
 	return rules, err
 }

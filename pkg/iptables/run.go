@@ -140,18 +140,24 @@ func (t *Tables) exists(table rule.Table) (bool, error) {
 	if t.Backend != Legacy {
 		return true, nil
 	}
+	names, err := legacyTables(t.Family)
+	return slices.Contains(names, string(table)), err
+}
+
+// legacyTables are the names of the legacy tables that are there.
+func legacyTables(family rule.Family) ([]string, error) {
 	file := "/proc/thread-self/net/ip_tables_names"
-	if t.Family == rule.IPv6 {
+	if family == rule.IPv6 {
 		file = "/proc/thread-self/net/ip6_tables_names"
 	}
 	text, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+		return nil, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("read the names of legacy tables: %w", err)
+		return nil, fmt.Errorf("read the names of legacy tables: %w", err)
 	}
-	return slices.Contains(strings.Fields(string(text)), string(table)), nil
+	return strings.Fields(string(text)), nil
 }
 
 // commandError is a program that did not exit with 0.

@@ -56,10 +56,10 @@ type Config struct {
 
 // Times of the engine's own.
 const (
-	heartbeat    = 2 * time.Second
+	// heartbeat is how often the plugin is told that policyd is here, and how often the entries of the sets are counted that say
+	// which pods are: to wake up for it costs more than either.
+	heartbeat    = time.Second
 	collectEvery = 30 * time.Second
-	// glanceEvery is how often the entries of the sets are counted that say who is here.
-	glanceEvery = 500 * time.Millisecond
 	// lookPause and portPause are how long after a look for damage the next one is, at least.
 	lookPause = 100 * time.Millisecond
 	portPause = 300 * time.Millisecond
@@ -204,9 +204,8 @@ func (e *Engine) Run(ctx context.Context) error {
 
 // loop waits for a reason to look, and looks.
 func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others watchers) {
-	beat, glance, compare := time.NewTicker(heartbeat), time.NewTicker(glanceEvery), time.NewTicker(e.RepairInterval)
+	beat, compare := time.NewTicker(heartbeat), time.NewTicker(e.RepairInterval)
 	defer beat.Stop()
-	defer glance.Stop()
 	defer compare.Stop()
 	var judge, retry <-chan time.Time
 	changes := pacer{pause: passPause}
@@ -239,13 +238,12 @@ func (e *Engine) loop(ctx context.Context, records *fsnotify.Watcher, others wat
 			e.relist, pass = true, true
 		case <-beat.C:
 			e.pulse()
+			e.glance(&found, false)
 			pass = !e.started() && e.Source.Synced()
 		case notices := <-others.tableChanges():
 			found.tables(notices)
 		case links := <-others.linkChanges():
 			found.linksOf(links)
-		case <-glance.C:
-			e.glance(&found, false)
 		case <-compare.C:
 			e.compare(&found)
 		case <-looks.due:

@@ -44,31 +44,33 @@ func FromAPI(config *rest.Config) (*API, error) {
 	config = rest.CopyConfig(config)
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	if config.QPS == 0 { // client-go's 5 a second are few for three kinds on one client; reflectors pause by themselves
+	if config.QPS == 0 { // client-go's 5 a second hold up who asks for rereads; reflectors pause by themselves
 		config.QPS, config.Burst = 20, 40
 	}
 	config.NegotiatedSerializer = codecs()
 	streams(config)
-	core, err := client(config, "/api", corev1.SchemeGroupVersion)
-	if err != nil {
-		return nil, err
-	}
-	networking, err := client(config, "/apis", networkingv1.SchemeGroupVersion)
-	if err != nil {
-		return nil, err
+	clients := map[string]client{}
+	for resource, group := range map[string]schema.GroupVersion{
+		"pods": corev1.SchemeGroupVersion, "namespaces": corev1.SchemeGroupVersion, "nodes": corev1.SchemeGroupVersion,
+		"networkpolicies": networkingv1.SchemeGroupVersion,
+	} {
+		var err error
+		if clients[resource], err = newClient(config, resource, group); err != nil {
+			return nil, err
+		}
 	}
 	a := &API{changes: newSignal()}
 	lately := newLately()
-	a.pods = newCache(a.changes, core, "pods", &wirePod{}, func(o runtime.Object) *object.Pod {
+	a.pods = newCache(a.changes, clients["pods"], &wirePod{}, func(o runtime.Object) *object.Pod {
 		p := o.(*wirePod).object
 		lately.share(p)
 		return p
 	})
-	a.namespaces = newCache(a.changes, core, "namespaces", &corev1.Namespace{},
+	a.namespaces = newCache(a.changes, clients["namespaces"], &corev1.Namespace{},
 		func(o runtime.Object) *object.Namespace { return toNamespace(o.(*corev1.Namespace)) })
-	a.policies = newCache(a.changes, networking, "networkpolicies", &networkingv1.NetworkPolicy{},
+	a.policies = newCache(a.changes, clients["networkpolicies"], &networkingv1.NetworkPolicy{},
 		func(o runtime.Object) *networkingv1.NetworkPolicy { return toPolicy(o.(*networkingv1.NetworkPolicy)) })
-	a.nodes = newCache(a.changes, core, "nodes", &corev1.Node{},
+	a.nodes = newCache(a.changes, clients["nodes"], &corev1.Node{},
 		func(o runtime.Object) *object.Node { return toNode(o.(*corev1.Node)) })
 	a.nodes.also = newSignal()
 	return a, nil
@@ -86,13 +88,25 @@ func streams(config *rest.Config) {
 	}
 }
 
-// client returns one for an API group.
-func client(config *rest.Config, path string, group schema.GroupVersion) (*rest.RESTClient, error) {
+// client reads objects of one kind, over connections of its own.
+type client struct {
+	*rest.RESTClient
+	resource string
+	pace     *pace
+}
+
+func newClient(config *rest.Config, resource string, group schema.GroupVersion) (client, error) {
+	c := client{resource: resource, pace: &pace{}}
 	config = rest.CopyConfig(config)
-	config.APIPath, config.GroupVersion = path, &group
-	c, err := rest.RESTClientFor(config)
-	if err != nil {
-		return nil, fmt.Errorf("client for %s: %w", config.Host, err)
+	config.APIPath, config.GroupVersion = "/apis", &group
+	if group.Group == "" {
+		config.APIPath = "/api"
+	}
+	config.Dial = c.pace.dial(config.Dial)
+	config.NegotiatedSerializer = pacedCodecs{config.NegotiatedSerializer, c.pace}
+	var err error
+	if c.RESTClient, err = rest.RESTClientFor(config); err != nil {
+		return c, fmt.Errorf("client for %s: %w", config.Host, err)
 	}
 	return c, nil
 }
@@ -153,6 +167,7 @@ type cacheOf[T comparable] struct {
 	like     runtime.Object
 	strip    func(runtime.Object) T
 	source   *cache.ListWatch
+	pace     *pace
 	changes  signal
 	also     signal // nil, or told of this kind's changes alone
 
@@ -172,11 +187,11 @@ type versioned[T comparable] struct {
 }
 
 func newCache[T comparable](
-	changes signal, client cache.Getter, resource string, like runtime.Object, strip func(runtime.Object) T,
+	changes signal, client client, like runtime.Object, strip func(runtime.Object) T,
 ) *cacheOf[T] {
-	c := &cacheOf[T]{resource: resource, like: like, strip: strip, changes: changes,
+	c := &cacheOf[T]{resource: client.resource, like: like, strip: strip, changes: changes, pace: client.pace,
 		items: map[string]versioned[T]{}, changed: map[string]bool{}}
-	plain := cache.NewFilteredListWatchFromClient(client, resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
+	plain := cache.NewFilteredListWatchFromClient(client, client.resource, metav1.NamespaceAll, func(*metav1.ListOptions) {})
 	c.source = &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			list, err := plain.ListWithContext(ctx, o)
@@ -184,6 +199,7 @@ func newCache[T comparable](
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			c.pace.steady.Store(o.SendInitialEvents == nil)
 			w, err := plain.WatchWithContext(ctx, o)
 			c.note("watch", err)
 			return w, err
@@ -388,6 +404,7 @@ func (c *cacheOf[T]) Replace(list []any, version string) error {
 		c.keep(items, key, i.object, i.version)
 	}
 	c.items, c.full, c.newest = items, true, newest
+	c.pace.steady.Store(true)
 	c.changes.send() // that the kind is full is news too
 	c.also.send()
 	return nil

@@ -22,6 +22,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,6 +31,10 @@ import (
 	"github.com/postern-cni/postern/e2e/build"
 	"github.com/postern-cni/postern/e2e/cluster"
 )
+
+// The process's first thread is main's alone. Who enters a network namespace does so on a thread that ends with its goroutine,
+// which the first does not: Go would leave it in there.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	if err := run(os.Args[1:]); err != nil {

@@ -33,6 +33,10 @@ type Runner interface {
 	Run() int
 }
 
+// The process's first thread is that of TestMain alone. Who enters a network namespace for good does so on a thread that ends with
+// its goroutine, which the first does not: Go would leave it in there.
+func init() { runtime.LockOSThread() }
+
 // Main runs the tests of m in scratch namespaces and exits with their status. Call it from TestMain, and nothing before it.
 func Main(m Runner) {
 	switch state := os.Getenv(stateEnv); {

@@ -15,18 +15,17 @@ import (
 // After a reading of a connection the next one waits, where in between an event was read to its end: what comes meanwhile waits in
 // the kernel and is read together, for to wake up for each event of many costs more than to decode it. The first event after a
 // quiet time does not wait. Where others follow, the pause is a little longer than that between an engine's passes, so that these
-// need not wait once more; and twice as long each time that something has come by its end, up to the longest.
+// need not wait once more; and twice as long each time that two and more came within so long, up to the longest.
 const (
 	readPause     = 27 * time.Millisecond
 	readPauseMost = 81 * time.Millisecond
-	atOnce        = 5 * time.Millisecond // what a reading takes, with the oversleeping before it, where something was there
 )
 
 // pace reads the events of a watch together that come shortly after each other. It stands at both ends of the way from the
 // connection to the decoder, for only the decoder's end knows where an event ends, and only the connection's whether more is there.
 type pace struct {
-	steady atomic.Bool // the list that the watch goes on from has been read; this is not to be held up
-	whole  atomic.Bool // the last that was read was the end of an event
+	steady atomic.Bool  // the list that the watch goes on from has been read; this is not to be held up
+	ended  atomic.Int64 // events whose end has been read since a connection was
 }
 
 // dial is from, with connections that are read at this pace.
@@ -36,7 +35,7 @@ func (p *pace) dial(from dialer) dialer {
 		if err != nil {
 			return nil, err
 		}
-		return &pacedConn{Conn: conn, all: bufio.NewReaderSize(&pausing{from: conn, pace: p, rest: readPause}, mostAtOnce)}, nil
+		return &pacedConn{Conn: conn, all: bufio.NewReaderSize(&pausing{from: conn, pace: p, last: time.Now(), rest: readPause}, mostAtOnce)}, nil
 	}
 }
 
@@ -58,24 +57,25 @@ type pausing struct {
 	from io.Reader
 	pace *pace
 	last time.Time
-	rest time.Duration // until the next
-	full bool
+	full bool          // there may be more
+	over time.Duration // the time in which what has been read since the last pause has come
+	rest time.Duration // the last pause, from one reading to the next
 }
 
 func (r *pausing) Read(b []byte) (int, error) {
-	follows, due := r.pace.whole.Swap(false) && !r.full, r.last.Add(r.rest)
-	if follows {
-		time.Sleep(time.Until(due))
+	if events := time.Duration(r.pace.ended.Swap(0)); events > 0 && !r.full {
+		if events*readPause >= 2*r.over {
+			r.rest = min(2*r.rest, readPauseMost)
+		} else {
+			r.rest = readPause
+		}
+		r.over = 0
+		time.Sleep(time.Until(r.last.Add(r.rest)))
 	}
 	n, err := r.from.Read(b)
-	r.last, r.full = time.Now(), n == len(b)
-	switch {
-	case !follows: // it is of the same as what was read before
-	case r.last.After(due.Add(atOnce)):
-		r.rest = readPause
-	default:
-		r.rest = min(2*r.rest, readPauseMost)
-	}
+	now := time.Now()
+	r.over += now.Sub(r.last)
+	r.last, r.full = now, n == len(b)
 	return n, err
 }
 
@@ -115,7 +115,7 @@ type pacedFrames struct {
 func (f *pacedFrames) Read(b []byte) (int, error) {
 	n, err := f.ReadCloser.Read(b)
 	if err == nil && f.pace.steady.Load() {
-		f.pace.whole.Store(true)
+		f.pace.ended.Add(1)
 	}
 	return n, err
 }

@@ -48,24 +48,33 @@ func TestEventsAreReadTogether(t *testing.T) {
 		return b.Bytes()
 	}
 	type sent struct {
-		after time.Duration // the one before
+		after time.Duration // the one before; the first comes after a quiet time
 		what  []byte
 	}
 	const ms = time.Millisecond
+	every := func(n int, after time.Duration) (list []sent) {
+		for range n {
+			list = append(list, sent{after, event(9)})
+		}
+		return list
+	}
+	busy := every(25, 10*ms) // until 240 ms
+	busyRead := slices.Concat([]time.Duration{0}, slices.Repeat([]time.Duration{27 * ms}, 2),
+		slices.Repeat([]time.Duration{81 * ms}, 6), slices.Repeat([]time.Duration{162 * ms}, 8), slices.Repeat([]time.Duration{243 * ms}, 8))
 	for _, tt := range []struct {
 		name   string
 		listed bool
 		sent   []sent
-		read   []time.Duration
+		read   []time.Duration // since the first came
 	}{
 		{"those that follow the first", true, []sent{{0, event(9)}, {10 * ms, event(9)}, {10 * ms, event(9)}},
 			[]time.Duration{0, readPause, readPause}},
 		{"after a quiet time", true, []sent{{0, event(9)}, {readPause, event(9)}}, []time.Duration{0, readPause}},
-		{"pauses grow", true, []sent{{0, event(9)}, {10 * ms, event(9)}, {readPause, event(9)}, {2 * readPause, event(9)},
-			{readPauseMost, event(9)}}, []time.Duration{0, readPause, 3 * readPause, 3*readPause + readPauseMost,
-			3*readPause + 2*readPauseMost}},
-		{"and are short again", true, []sent{{0, event(9)}, {10 * ms, event(9)}, {3 * readPause, event(9)}, {ms, event(9)}},
-			[]time.Duration{0, readPause, 10*ms + 3*readPause, 10*ms + 4*readPause}},
+		{"more and more of many", true, busy, busyRead},
+		{"not of fewer that follow", true, slices.Concat(busy, []sent{{120 * ms, event(9)}, {45 * ms, event(9)}, {45 * ms, event(9)}}),
+			slices.Concat(busyRead, []time.Duration{360 * ms, 405 * ms, 450 * ms})},
+		{"nor without a gap", true, slices.Concat(busy, every(6, 45*ms)),
+			slices.Concat(busyRead, []time.Duration{324 * ms, 351 * ms, 378 * ms, 420 * ms, 465 * ms, 510 * ms})},
 		{"no part waits", true, []sent{{0, event(9)[:2]}, {ms, event(9)[2:7]}, {ms, event(9)[7:]}}, []time.Duration{2 * ms}},
 		{"not before there is a list", false, []sent{{0, event(9)}, {10 * ms, event(9)}}, []time.Duration{0, 10 * ms}},
 		{"much is there", true, []sent{{0, slices.Concat(event(9000), event(9000), event(9000))}}, []time.Duration{0, 0, 0}},
@@ -80,15 +89,17 @@ func TestEventsAreReadTogether(t *testing.T) {
 					t.Fatal(err)
 				}
 				go func() {
-					for _, s := range tt.sent {
-						time.Sleep(s.after)
+					for i, s := range tt.sent {
+						if time.Sleep(s.after); i == 0 {
+							time.Sleep(time.Second - s.after)
+						}
 						raw.come <- s.what
 					}
 					close(raw.come)
 				}()
 				frames := pacedFramer{protobuf.LengthDelimitedFramer, p}.NewFrameReader(conn)
 				var read []time.Duration
-				for begin := time.Now(); ; {
+				for begin := time.Now().Add(time.Second); ; {
 					_, err := frames.Read(make([]byte, 10_000))
 					if err == io.EOF {
 						break

@@ -12,8 +12,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 )
 
-// After a reading of a connection the next one waits, where in between an event was read to its end: what comes meanwhile waits in
-// the kernel and is read together, for to wake up for each event of many costs more than to decode it. The first event after a
+// After a reading of a connection the next one waits, where an event was read to its end in between: what comes meanwhile waits
+// in the kernel and is read together, for to wake up for each event of many costs more than to decode it. The first event after a
 // quiet time does not wait. Where others follow, the pause is a little longer than that between an engine's passes, so that these
 // need not wait once more; and twice as long each time that two and more came within so long, up to the longest.
 const (
@@ -22,7 +22,7 @@ const (
 )
 
 // pace reads the events of a watch together that come shortly after each other. It stands at both ends of the way from the
-// connection to the decoder, for only the decoder's end knows where an event ends, and only the connection's whether more is there.
+// connection to the decoder, for only the decoder's end knows where an event ends, and only the other whether more is there.
 type pace struct {
 	steady atomic.Bool  // the list that the watch goes on from has been read; this is not to be held up
 	ended  atomic.Int64 // events whose end has been read since a connection was
@@ -35,7 +35,8 @@ func (p *pace) dial(from dialer) dialer {
 		if err != nil {
 			return nil, err
 		}
-		return &pacedConn{Conn: conn, all: bufio.NewReaderSize(&pausing{from: conn, pace: p, last: time.Now(), rest: readPause}, mostAtOnce)}, nil
+		paced := &pausing{from: conn, pace: p, last: time.Now(), rest: readPause}
+		return &pacedConn{Conn: conn, all: bufio.NewReaderSize(paced, mostAtOnce)}, nil
 	}
 }
 

@@ -60,7 +60,8 @@ func TestEventsAreReadTogether(t *testing.T) {
 	}
 	busy := every(25, 10*ms) // until 240 ms
 	busyRead := slices.Concat([]time.Duration{0}, slices.Repeat([]time.Duration{27 * ms}, 2),
-		slices.Repeat([]time.Duration{81 * ms}, 6), slices.Repeat([]time.Duration{162 * ms}, 8), slices.Repeat([]time.Duration{243 * ms}, 8))
+		slices.Repeat([]time.Duration{81 * ms}, 6), slices.Repeat([]time.Duration{162 * ms}, 8),
+		slices.Repeat([]time.Duration{243 * ms}, 8))
 	for _, tt := range []struct {
 		name   string
 		listed bool

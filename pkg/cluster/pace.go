@@ -15,7 +15,7 @@ import (
 // After a reading of a connection the next one waits, where an event was read to its end in between: what comes meanwhile waits
 // in the kernel and is read together, for to wake up for each event of many costs more than to decode it. The first event after a
 // quiet time does not wait. Where others follow, the pause is a little longer than that between an engine's passes, so that these
-// need not wait once more; and twice as long each time that two and more came within so long, up to the longest.
+// need not wait once more; and twice as long each time that three and more came within two of it, up to the longest.
 const (
 	readPause     = 27 * time.Millisecond
 	readPauseMost = 81 * time.Millisecond
@@ -65,7 +65,7 @@ type pausing struct {
 
 func (r *pausing) Read(b []byte) (int, error) {
 	if events := time.Duration(r.pace.ended.Swap(0)); events > 0 && !r.full {
-		if events*readPause >= 2*r.over {
+		if 2*events*readPause >= 3*r.over {
 			r.rest = min(2*r.rest, readPauseMost)
 		} else {
 			r.rest = readPause

@@ -48,17 +48,17 @@ func TestEventsAreReadTogether(t *testing.T) {
 		return b.Bytes()
 	}
 	type sent struct {
-		after time.Duration // the one before; the first comes after a quiet time
+		after time.Duration // the one before; the first comes after a quiet time besides
 		what  []byte
 	}
-	const ms = time.Millisecond
+	const ms, quiet = time.Millisecond, time.Second
 	every := func(n int, after time.Duration) (list []sent) {
 		for range n {
 			list = append(list, sent{after, event(9)})
 		}
 		return list
 	}
-	busy := every(25, 10*ms) // until 240 ms
+	busy := slices.Concat(every(1, 0), every(24, 10*ms))
 	busyRead := slices.Concat([]time.Duration{0}, slices.Repeat([]time.Duration{27 * ms}, 2),
 		slices.Repeat([]time.Duration{81 * ms}, 6), slices.Repeat([]time.Duration{162 * ms}, 8),
 		slices.Repeat([]time.Duration{243 * ms}, 8))
@@ -90,17 +90,16 @@ func TestEventsAreReadTogether(t *testing.T) {
 					t.Fatal(err)
 				}
 				go func() {
-					for i, s := range tt.sent {
-						if time.Sleep(s.after); i == 0 {
-							time.Sleep(time.Second - s.after)
-						}
+					time.Sleep(quiet)
+					for _, s := range tt.sent {
+						time.Sleep(s.after)
 						raw.come <- s.what
 					}
 					close(raw.come)
 				}()
 				frames := pacedFramer{protobuf.LengthDelimitedFramer, p}.NewFrameReader(conn)
 				var read []time.Duration
-				for begin := time.Now().Add(time.Second); ; {
+				for begin := time.Now().Add(quiet); ; {
 					_, err := frames.Read(make([]byte, 10_000))
 					if err == io.EOF {
 						break

@@ -18,7 +18,7 @@ import (
 func Socket(stateDir string) string { return filepath.Join(stateDir, "policyd.sock") }
 
 // Heartbeat returns the path of the file whose modification time says when policyd was last alive. policyd touches it
-// every few seconds, so that the plugin knows how long an absent policyd has been away.
+// every second, so that the plugin knows how long an absent policyd has been away.
 func Heartbeat(stateDir string) string { return filepath.Join(stateDir, "policyd.heartbeat") }
 
 // BackendFile returns the path of the file in which policyd notes the iptables backend it uses ("nft" or "legacy"), so that

@@ -13,7 +13,8 @@ import (
 type Source interface {
 	// Run keeps the objects up to date until the context ends; it returns an error only where it cannot work at all.
 	Run(ctx context.Context) error
-	// Changes receives a value after a change; several changes may be one value.
+	// Changes receives a value after a change; several changes may be one value. The first of a quiet time is told at once, and one
+	// that follows others closely up to a tenth of a second later.
 	Changes() <-chan struct{}
 	// Synced is false until everything has been read once. Before that, nothing may be concluded from what is missing.
 	Synced() bool

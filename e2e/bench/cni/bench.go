@@ -40,9 +40,10 @@ type bench struct {
 	size size
 
 	node                *world.Node
-	policyd             *world.Policyd
+	policyds            []*world.Policyd
 	ours, theirs, floor *side
 	theirsPorts         *side // theirs with a plugin more
+	few                 *side // ours with few pods, whatever the other one has
 	report              table.Report
 }
 
@@ -60,7 +61,10 @@ func run(ctx context.Context, env table.Env, s size) (report table.Report, err e
 		return b.report, err
 	}
 	err = b.climb(ctx)
-	return b.report, errors.Join(err, b.policyd.Stop())
+	for _, d := range b.policyds {
+		err = errors.Join(err, d.Stop())
+	}
+	return b.report, err
 }
 
 func (b *bench) wants(rows ...int) bool {
@@ -81,8 +85,15 @@ func (b *bench) climb(ctx context.Context) error {
 		if err := b.ours.fill(ctx, others); err != nil {
 			return err
 		}
-		if err := b.policyd.Settle(ctx); err != nil {
-			return err
+		if b.few != nil {
+			if err := b.few.fill(ctx, b.size.levels[0]-1); err != nil {
+				return err
+			}
+		}
+		for _, d := range b.policyds {
+			if err := d.Settle(ctx); err != nil {
+				return err
+			}
 		}
 		if level == b.size.pods && b.wants(1, 2, 3, 4) {
 			if err := b.rows1to4(ctx); err != nil {
@@ -97,6 +108,11 @@ func (b *bench) climb(ctx context.Context) error {
 	}
 	if b.wants(5) {
 		b.row5(growth)
+	}
+	if b.few != nil {
+		if err := b.few.empty(ctx); err != nil {
+			return err
+		}
 	}
 	return b.ours.empty(ctx)
 }

@@ -21,12 +21,12 @@ const (
 	floorSet   = "floor"
 )
 
-// build makes the three nodes and starts policyd on ours.
+// build makes the nodes and starts policyd on ours.
 func (b *bench) build(ctx context.Context) (err error) {
 	if b.node, err = world.New(ctx, b.env, b.env.Backends[0]); err != nil {
 		return err
 	}
-	if err := b.write(); err != nil {
+	if err := write(b.node); err != nil {
 		return err
 	}
 	b.ours = &side{name: "postern", node: b.node, network: b.node.Postern, guarded: true}
@@ -43,10 +43,35 @@ func (b *bench) build(ctx context.Context) (err error) {
 	if err := world.In(world.SandboxPath("node-floor"), makeFloorSet); err != nil {
 		return err
 	}
-	if b.policyd, err = b.node.StartPolicyd(ctx); err != nil {
+	if b.wants(5) {
+		if err := b.buildFew(ctx); err != nil {
+			return err
+		}
+	}
+	return b.guard(ctx, b.node)
+}
+
+// buildFew makes a further node of ours, which stays with as many pods as there are at the first level of row 5.
+func (b *bench) buildFew(ctx context.Context) error {
+	node, err := b.node.Beside(ctx, "few")
+	if err != nil {
 		return err
 	}
-	return b.policyd.Settle(ctx)
+	b.few = &side{name: "few", node: node, network: node.Postern, guarded: true}
+	if err := write(node); err != nil {
+		return err
+	}
+	return b.guard(ctx, node)
+}
+
+// guard starts policyd on a node.
+func (b *bench) guard(ctx context.Context, n *world.Node) error {
+	d, err := n.StartPolicyd(ctx)
+	if err != nil {
+		return err
+	}
+	b.policyds = append(b.policyds, d)
+	return d.Settle(ctx)
 }
 
 // elsewhere is a side with a network namespace of its own for a node, so that no side sees the others' links come and go.
@@ -111,22 +136,22 @@ func spare(i int, ports bool) world.Pod {
 	return p
 }
 
-// write writes what does not change in the cluster: namespaces, policies, and the spare pods.
-func (b *bench) write() error {
+// write writes what does not change in a node's cluster: namespaces, policies, and the spare pods.
+func write(node *world.Node) error {
 	for n := range namespaces {
 		name := fmt.Sprintf("team-%d", n)
-		if err := b.node.Write("namespace-"+name, &corev1.Namespace{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"},
+		if err := node.Write("namespace-"+name, &corev1.Namespace{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"},
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"team": fmt.Sprint(n)}}}); err != nil {
 			return err
 		}
 		for _, p := range []*networkingv1.NetworkPolicy{ingress(n), egress(n)} {
-			if err := b.node.Write("policy-"+name+"-"+p.Name, p); err != nil {
+			if err := node.Write("policy-"+name+"-"+p.Name, p); err != nil {
 				return err
 			}
 		}
 	}
 	for i := range spares {
-		if err := b.node.Write(fmt.Sprintf("spare-%d", i), spare(i, false).Object()); err != nil {
+		if err := node.Write(fmt.Sprintf("spare-%d", i), spare(i, false).Object()); err != nil {
 			return err
 		}
 	}

@@ -24,6 +24,10 @@ type work struct {
 	interim map[string][]rule.Rule
 	// instead are sets that stand in, until the end, for those whose names are taken.
 	instead map[string]string
+	// nobody is ready, so nothing passes, whatever is in the other sets.
+	nobody bool
+	// late are new sets of peers that are filled while the rules are written.
+	late []*set
 }
 
 func newWork(ctx context.Context, p *Plane, f *family, r *Result) *work {
@@ -49,11 +53,13 @@ func (w *work) untilRules() error {
 	if err := w.standIn(); err != nil {
 		return err
 	}
+	w.nobody = w.nobodyReady()
 	if err := w.eachSet(w.prepare); err != nil {
 		return err
 	}
 	w.bridge()
-	if err := w.writeRules(); err != nil {
+	filled := w.fillLate()
+	if err := errors.Join(w.writeRules(), <-filled); err != nil {
 		return err
 	}
 	if err := w.eachSet(w.leave, rule.Open); err != nil { // their chains stand by now
@@ -104,6 +110,20 @@ func (w *work) eachSet(do func(*set) error, roles ...rule.Role) error {
 	return nil
 }
 
+// nobodyReady reports that ready sets are wanted, and that the kernel has none.
+func (w *work) nobodyReady() bool {
+	wanted := false
+	for name, s := range w.f.sets {
+		if s.Role == rule.Ready {
+			wanted = true
+			if w.f.held[name] != "" {
+				return false
+			}
+		}
+	}
+	return wanted
+}
+
 // prepare creates a set that is missing, filled unless it is a ready set, and takes out of an existing ready or peer set what
 // leaves.
 func (w *work) prepare(s *set) error {
@@ -115,6 +135,11 @@ func (w *work) prepare(s *set) error {
 			return err
 		}
 		w.f.held[s.Name] = s.Type
+		if s.Role == rule.Peers && w.nobody {
+			w.late = append(w.late, s)
+			w.filled(s)
+			return nil
+		}
 		if s.Role != rule.Ready {
 			return w.fill(s)
 		}
@@ -141,18 +166,52 @@ func (w *work) create(s rule.Set, name string, room int) error {
 // fill puts everything into a set that has just been created. Without the list of what is to be done that other sets have: peers
 // can be tens of thousands.
 func (w *work) fill(s *set) error {
-	if entries := slices.Collect(s.has.all()); len(entries) > 0 {
-		err := w.plane.fail("join")
-		if err == nil {
-			err = w.plane.sets.Add(s.Name, entries...)
-		}
-		if err != nil {
-			return err
-		}
+	err := w.plane.fail("join")
+	if err == nil {
+		err = w.addAll(s)
 	}
+	if err == nil {
+		w.filled(s)
+	}
+	return err
+}
+
+func (w *work) addAll(s *set) error {
+	entries := slices.Collect(s.has.all())
+	if len(entries) == 0 {
+		return nil
+	}
+	return w.plane.sets.Add(s.Name, entries...)
+}
+
+// filled notes that a set has its entries, or will have: a failure has the family read again.
+func (w *work) filled(s *set) {
 	delete(w.f.todo.sets, s.Name)
 	delete(w.f.todo.entries, s.Name)
-	return nil
+}
+
+// fillLate fills the late sets on the side: with a large cluster that takes as long as the rules, which another process writes.
+// The socket has its network namespace; a process gets that of the thread that starts it, which is the caller's.
+func (w *work) fillLate() <-chan error {
+	done := make(chan error, 1)
+	if len(w.late) == 0 {
+		done <- nil
+		return done
+	}
+	if err := w.plane.fail("join"); err != nil {
+		done <- err
+		return done
+	}
+	go func() {
+		var err error
+		for _, s := range w.late {
+			if err = w.addAll(s); err != nil {
+				break
+			}
+		}
+		done <- err
+	}()
+	return done
 }
 
 // join adds what is wanted and may not be there. A set without room for it is replaced by a larger one at once.

@@ -94,16 +94,16 @@ func (x *Index) candidates(p *pod, each func(*Group)) {
 }
 
 // member reports whether an address with these owners is in a group, and the number of the group's port there. All owners must
-// be selected, and have the same number.
+// be selected by one rule, and have the same number.
 func (x *Index) member(g *Group, owners []*pod) (number uint16, in bool) {
 	for i, p := range owners {
 		port, has := g.number(p)
-		if !has || i > 0 && port != number || !x.selects(g, p) {
+		if !has || i > 0 && port != number {
 			return 0, false
 		}
 		number = port
 	}
-	return number, len(owners) > 0
+	return number, len(owners) > 0 && x.selects(g, owners)
 }
 
 // number is what a selected pod is a member with: 0, or the number of its port.
@@ -122,10 +122,20 @@ func (g *Group) bound() string {
 	return g.selectors[0].namespace
 }
 
-func (x *Index) selects(g *Group, p *pod) bool {
+// selects reports whether one rule's selectors select all of these pods.
+func (x *Index) selects(g *Group, pods []*pod) bool {
 	return g.selectors == nil || slices.ContainsFunc(g.selectors, func(s selector) bool {
-		return s.matches(p) && s.admits(p.Namespace, x.namespaces[p.Namespace])
+		if !x.picks(s, pods[0]) {
+			return false
+		}
+		return !slices.ContainsFunc(pods[1:], func(p *pod) bool {
+			return !slices.ContainsFunc(g.selectors, func(o selector) bool { return o.rule == s.rule && x.picks(o, p) })
+		})
 	})
+}
+
+func (x *Index) picks(s selector, p *pod) bool {
+	return s.matches(p) && s.admits(p.Namespace, x.namespaces[p.Namespace])
 }
 
 // admits reports whether pods of a namespace can be selected.

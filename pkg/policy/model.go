@@ -75,9 +75,9 @@ func (g *Guarded) Side(egress bool) *Side {
 	return &g.Ingress
 }
 
-// Rule is one rule of one policy, for one pod: what matches a peer and a port is allowed.
+// Rule is one rule of one policy, or several that allow the same ports, for one pod: what matches a peer and a port is allowed.
 type Rule struct {
-	Origin string // "namespace/name ingress 0", for people
+	Origin string // "namespace/name ingress 0", or "namespace/name ingress 0,2,3", for people
 	// Peers is nil where the rule speaks of everyone.
 	Peers *Peers
 	// AnyPort is true for a rule that names no ports: every port of every protocol. Otherwise Ports and Named, of which

@@ -22,6 +22,7 @@ type parsed struct {
 	in, out         []parsedRule
 }
 
+// parsedRule is one or several rules that allow the same ports.
 type parsedRule struct {
 	origin  string
 	peers   *peerList // nil: everyone
@@ -35,7 +36,7 @@ type namedPort struct {
 	protocol corev1.Protocol
 }
 
-// peerList is a rule's from or to.
+// peerList is the from or to of one or several rules.
 type peerList struct {
 	selectors []selector
 	blocks    []netip.Prefix
@@ -43,6 +44,7 @@ type peerList struct {
 
 // selector is a peer that selects pods.
 type selector struct {
+	rule       int    // that has it
 	namespace  string // of the policy, where namespaces is nil
 	namespaces *asked // nil: the policy's namespace alone
 	pods       *asked
@@ -90,13 +92,22 @@ func words(s *asked) string {
 	return "(" + s.String() + ")"
 }
 
+// selectorKey is the same for lists that select the same pods for the same reasons, whatever their order.
 func (l *peerList) selectorKey() string {
-	keys := make([]string, 0, len(l.selectors))
+	rules := map[int][]string{}
 	for _, s := range l.selectors {
-		keys = append(keys, s.text())
+		rules[s.rule] = append(rules[s.rule], s.text())
 	}
-	slices.Sort(keys)
-	return strings.Join(slices.Compact(keys), ", ")
+	keys := make([]string, 0, len(rules))
+	for _, texts := range rules {
+		keys = append(keys, joined(texts, ", "))
+	}
+	return joined(keys, "; ")
+}
+
+func joined(words []string, by string) string {
+	slices.Sort(words)
+	return strings.Join(slices.Compact(words), by)
 }
 
 // read parses a policy. With problems, the result is closed: no rules.
@@ -111,11 +122,11 @@ func read(np *networkingv1.NetworkPolicy) (*parsed, []string) {
 	}
 	for i, r := range np.Spec.Ingress {
 		rule, bad := p.rule("ingress", "from", i, r.From, r.Ports)
-		p.in, problems = append(p.in, rule), append(problems, bad...)
+		p.in, problems = with(p.in, i, rule), append(problems, bad...)
 	}
 	for i, r := range np.Spec.Egress {
 		rule, bad := p.rule("egress", "to", i, r.To, r.Ports)
-		p.out, problems = append(p.out, rule), append(problems, bad...)
+		p.out, problems = with(p.out, i, rule), append(problems, bad...)
 	}
 	if len(problems) > 0 {
 		p.in, p.out = nil, nil
@@ -142,6 +153,25 @@ func directions(spec *networkingv1.NetworkPolicySpec) (ingress, egress bool, pro
 	return ingress, egress, problems
 }
 
+// with adds rule number i: to one that allows the same ports, if there is one, so that a packet is looked up once for both.
+func with(rules []parsedRule, i int, r parsedRule) []parsedRule {
+	at := slices.IndexFunc(rules, func(o parsedRule) bool {
+		return o.anyPort == r.anyPort && slices.Equal(o.ports, r.ports) && slices.Equal(o.named, r.named)
+	})
+	if at < 0 {
+		return append(rules, r)
+	}
+	one := &rules[at]
+	one.origin += fmt.Sprintf(",%d", i)
+	if one.peers == nil || r.peers == nil {
+		one.peers = nil
+		return rules
+	}
+	one.peers.selectors = append(one.peers.selectors, r.peers.selectors...)
+	one.peers.blocks = disjoint(append(one.peers.blocks, r.peers.blocks...))
+	return rules
+}
+
 func (p *parsed) rule(
 	direction, field string, i int, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort,
 ) (parsedRule, []string) {
@@ -159,7 +189,7 @@ func (p *parsed) rule(
 	}
 	rule.peers = &peerList{}
 	for j := range peers {
-		p.peer(rule.peers, &peers[j], func(format string, args ...any) { bad(fmt.Sprintf("%s[%d]", field, j), format, args...) })
+		p.peer(rule.peers, i, &peers[j], func(format string, args ...any) { bad(fmt.Sprintf("%s[%d]", field, j), format, args...) })
 	}
 	rule.peers.blocks = disjoint(rule.peers.blocks)
 	return rule, problems
@@ -199,7 +229,7 @@ func (r *parsedRule) port(port *networkingv1.NetworkPolicyPort, bad func(string,
 	}
 }
 
-func (p *parsed) peer(list *peerList, peer *networkingv1.NetworkPolicyPeer, bad func(string, ...any)) {
+func (p *parsed) peer(list *peerList, rule int, peer *networkingv1.NetworkPolicyPeer, bad func(string, ...any)) {
 	switch {
 	case peer.IPBlock != nil && (peer.PodSelector != nil || peer.NamespaceSelector != nil):
 		bad("ipBlock stands beside a selector: a peer is one or the other")
@@ -208,7 +238,7 @@ func (p *parsed) peer(list *peerList, peer *networkingv1.NetworkPolicyPeer, bad 
 	case peer.PodSelector == nil && peer.NamespaceSelector == nil:
 		bad("empty: needs podSelector, namespaceSelector or ipBlock")
 	default:
-		s := selector{namespace: p.namespace, pods: asking(labels.Everything())}
+		s := selector{rule: rule, namespace: p.namespace, pods: asking(labels.Everything())}
 		if peer.NamespaceSelector != nil {
 			if namespaces, err := metav1.LabelSelectorAsSelector(peer.NamespaceSelector); err != nil {
 				bad("namespaceSelector: %v", err)

@@ -37,29 +37,22 @@ func podChain(g *policy.Guarded, d rule.Direction, f rule.Family) rule.Chain {
 	return chain
 }
 
-// allowed returns the conditions under which a rule lets a packet pass, each a list of matches: ports times peers. Ports come
-// first because they cost a packet of another port next to nothing, and a look into a set does.
-func allowed(r *policy.Rule, dirs string, f rule.Family) [][]rule.Match {
-	ports := [][]rule.Match{nil}
-	if !r.AnyPort {
-		ports = nil
-		for _, p := range r.Ports {
-			ports = append(ports, portMatches(p))
-		}
+// allowed returns the conditions under which a rule lets a packet pass, each a list of matches. Ports come first because they cost
+// a packet of another port next to nothing, and a look into a set does.
+func allowed(r *policy.Rule, dirs string, f rule.Family) (out [][]rule.Match) {
+	if g := r.Named; g != nil {
+		return [][]rule.Match{{rule.Protocol{Proto: protocol(g.Protocol)}, rule.InSet{Name: groupSet(g, f), Dirs: "dst,dst"}}}
 	}
-	var out [][]rule.Match
 	for _, peers := range peerMatches(r.Peers, dirs, f) {
-		for _, port := range ports {
-			out = append(out, slices.Concat(port, peers))
-		}
-	}
-	for _, g := range r.Named {
-		out = append(out, []rule.Match{rule.Protocol{Proto: protocol(g.Protocol)}, rule.InSet{Name: groupSet(g, f), Dirs: "dst,dst"}})
+		out = append(out, slices.Concat(portMatches(r.Port), peers))
 	}
 	return out
 }
 
 func portMatches(p policy.Port) []rule.Match {
+	if p == (policy.Port{}) {
+		return nil
+	}
 	proto := protocol(p.Protocol)
 	if p.From == 0 && p.To == 65535 {
 		return []rule.Match{rule.Protocol{Proto: proto}}

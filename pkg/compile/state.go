@@ -94,8 +94,8 @@ func needs(side *policy.Side, f rule.Family, sets map[string]rule.Set) {
 				sets[s.Name] = s
 			}
 		}
-		for _, g := range r.Named {
-			group(g)
+		if r.Named != nil {
+			group(r.Named)
 		}
 	}
 }

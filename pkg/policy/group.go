@@ -217,19 +217,18 @@ func (u *update) use(p *policy) {
 	if p.ingress {
 		for i := range p.in {
 			r := &p.in[i]
-			p.rulesIn = append(p.rulesIn, Rule{Origin: r.origin, Peers: u.peers(r.peers), AnyPort: r.anyPort, Ports: r.ports})
+			p.rulesIn = append(p.rulesIn, Rule{Origin: r.origin, Peers: u.peers(r.peers), Port: r.on.number})
 		}
 	}
 	if p.egress {
 		for i := range p.out {
 			r := &p.out[i]
-			rule := Rule{Origin: r.origin, Peers: u.peers(r.peers), AnyPort: r.anyPort, Ports: r.ports}
-			for _, n := range r.named {
-				if r.peers == nil || len(r.peers.selectors) > 0 { // blocks have no names
-					rule.Named = append(rule.Named, u.group(r.peers, n))
-				}
+			switch {
+			case r.on.named == namedPort{}:
+				p.rulesOut = append(p.rulesOut, Rule{Origin: r.origin, Peers: u.peers(r.peers), Port: r.on.number})
+			case r.peers == nil || len(r.peers.selectors) > 0: // blocks have no names
+				p.rulesOut = append(p.rulesOut, Rule{Origin: r.origin, Named: u.group(r.peers, r.on.named)})
 			}
-			p.rulesOut = append(p.rulesOut, rule)
 		}
 	}
 }
@@ -288,9 +287,7 @@ func (u *update) sweep() {
 				u.dropGroup(r.Peers.Pods)
 				u.dropBlocks(r.Peers.Blocks)
 			}
-			for _, g := range r.Named {
-				u.dropGroup(g)
-			}
+			u.dropGroup(r.Named)
 		}
 		p.held, p.rulesIn, p.rulesOut = false, nil, nil
 	}

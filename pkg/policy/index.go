@@ -635,11 +635,12 @@ func (u *update) guarded(l Local) *Guarded {
 		if np.ingress {
 			g.Ingress.Isolated = true
 			for i, rule := range np.rulesIn {
-				rule.Ports = slices.Clone(rule.Ports)
-				for _, n := range np.in[i].named {
-					if number, ok := portOf(g.Pod, n.name, n.protocol); ok {
-						rule.Ports = append(rule.Ports, Port{n.protocol, number, number})
+				if n := np.in[i].on.named; n != (namedPort{}) {
+					number, has := portOf(g.Pod, n.name, n.protocol)
+					if !has {
+						continue
 					}
+					rule.Port = Port{n.protocol, number, number}
 				}
 				g.Ingress.Rules = append(g.Ingress.Rules, rule)
 			}

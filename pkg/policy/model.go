@@ -75,20 +75,17 @@ func (g *Guarded) Side(egress bool) *Side {
 	return &g.Ingress
 }
 
-// Rule is one rule of one policy, or several that allow the same ports, for one pod: what matches a peer and a port is allowed.
+// Rule is what the rules of one policy say of a port, or of any port, for one pod: what matches a peer and the port is allowed.
 type Rule struct {
 	Origin string // "namespace/name ingress 0", or "namespace/name ingress 0,2,3", for people
 	// Peers is nil where the rule speaks of everyone.
 	Peers *Peers
-	// AnyPort is true for a rule that names no ports: every port of every protocol. Otherwise Ports and Named, of which
-	// both may be empty: such a rule allows nothing.
-	AnyPort bool
-	Ports   []Port
-	// Named are egress rules' ports that each peer pod has under its own number.
-	Named []*Group
+	Port  Port
+	// Named, if it is not nil, stands in for both, in an egress rule: the peers with a port that each has under its own number.
+	Named *Group
 }
 
-// Port is a range of ports of one protocol; 0 to 65535 is the whole protocol.
+// Port is a range of ports of one protocol; 0 to 65535 is the whole protocol, and the zero value every port of every protocol.
 type Port struct {
 	Protocol corev1.Protocol
 	From, To uint16
@@ -172,17 +169,12 @@ func (s *Side) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint1
 }
 
 func (r *Rule) allows(peer, dst netip.Addr, protocol corev1.Protocol, port uint16) bool {
-	for _, n := range r.Named {
-		if number, in := n.members.Get(dst); in && n.Protocol == protocol && number == port {
-			return true
-		}
+	if r.Named != nil {
+		number, in := r.Named.members.Get(dst)
+		return in && r.Named.Protocol == protocol && number == port
 	}
-	if !r.Peers.contains(peer) {
-		return false
-	}
-	return r.AnyPort || slices.ContainsFunc(r.Ports, func(p Port) bool {
-		return p.Protocol == protocol && p.From <= port && port <= p.To
-	})
+	return r.Peers.contains(peer) &&
+		(r.Port == Port{} || r.Port.Protocol == protocol && r.Port.From <= port && port <= r.Port.To)
 }
 
 // Resolve works out the model from nothing.

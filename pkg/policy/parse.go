@@ -22,13 +22,17 @@ type parsed struct {
 	in, out         []parsedRule
 }
 
-// parsedRule is one or several rules that allow the same ports.
+// parsedRule is one port, or any, with the peers of all of a direction's rules that allow it.
 type parsedRule struct {
-	origin  string
-	peers   *peerList // nil: everyone
-	anyPort bool
-	ports   []Port
-	named   []namedPort
+	origin string
+	peers  *peerList // nil: everyone
+	on     port
+}
+
+// port is a port of a rule: neither a number nor a name is any port.
+type port struct {
+	number Port
+	named  namedPort
 }
 
 type namedPort struct {
@@ -121,12 +125,14 @@ func read(np *networkingv1.NetworkPolicy) (*parsed, []string) {
 		problems = append(problems, "spec.podSelector: "+err.Error()+"; all pods of the namespace are closed")
 	}
 	for i, r := range np.Spec.Ingress {
-		rule, bad := p.rule("ingress", "from", i, r.From, r.Ports)
-		p.in, problems = with(p.in, i, rule), append(problems, bad...)
+		peers, bad := p.peers(i, r.From, fmt.Sprintf("spec.ingress[%d].from", i))
+		ports, worse := portsOf(r.Ports, fmt.Sprintf("spec.ingress[%d].ports", i))
+		p.in, problems = p.with(p.in, "ingress", i, peers, ports), slices.Concat(problems, worse, bad)
 	}
 	for i, r := range np.Spec.Egress {
-		rule, bad := p.rule("egress", "to", i, r.To, r.Ports)
-		p.out, problems = with(p.out, i, rule), append(problems, bad...)
+		peers, bad := p.peers(i, r.To, fmt.Sprintf("spec.egress[%d].to", i))
+		ports, worse := portsOf(r.Ports, fmt.Sprintf("spec.egress[%d].ports", i))
+		p.out, problems = p.with(p.out, "egress", i, peers, ports), slices.Concat(problems, worse, bad)
 	}
 	if len(problems) > 0 {
 		p.in, p.out = nil, nil
@@ -153,80 +159,90 @@ func directions(spec *networkingv1.NetworkPolicySpec) (ingress, egress bool, pro
 	return ingress, egress, problems
 }
 
-// with adds rule number i: to one that allows the same ports, if there is one, so that a packet is looked up once for both.
-func with(rules []parsedRule, i int, r parsedRule) []parsedRule {
-	at := slices.IndexFunc(rules, func(o parsedRule) bool {
-		return o.anyPort == r.anyPort && slices.Equal(o.ports, r.ports) && slices.Equal(o.named, r.named)
-	})
-	if at < 0 {
-		return append(rules, r)
+// with adds rule number i, port by port, to what allows the port already: a packet is looked up once for all peers that may use it.
+func (p *parsed) with(list []parsedRule, direction string, i int, peers *peerList, ports []port) []parsedRule {
+	for _, on := range ports {
+		at := slices.IndexFunc(list, func(r parsedRule) bool { return r.on == on })
+		if at < 0 {
+			list = append(list, parsedRule{fmt.Sprintf("%s %s %d", p.name, direction, i), peers, on})
+			continue
+		}
+		list[at].origin += fmt.Sprintf(",%d", i)
+		list[at].peers = list[at].peers.and(peers)
 	}
-	one := &rules[at]
-	one.origin += fmt.Sprintf(",%d", i)
-	if one.peers == nil || r.peers == nil {
-		one.peers = nil
-		return rules
-	}
-	one.peers.selectors = append(one.peers.selectors, r.peers.selectors...)
-	one.peers.blocks = disjoint(append(one.peers.blocks, r.peers.blocks...))
-	return rules
+	return list
 }
 
-func (p *parsed) rule(
-	direction, field string, i int, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort,
-) (parsedRule, []string) {
-	rule := parsedRule{origin: fmt.Sprintf("%s %s %d", p.name, direction, i), anyPort: len(ports) == 0}
-	at := fmt.Sprintf("spec.%s[%d]", direction, i)
-	var problems []string
-	bad := func(where, format string, args ...any) {
-		problems = append(problems, at+"."+where+": "+fmt.Sprintf(format, args...))
+// and returns a list of both; nil, which is everyone, if one is.
+func (l *peerList) and(more *peerList) *peerList {
+	if l == nil || more == nil {
+		return nil
 	}
-	for j := range ports {
-		rule.port(&ports[j], func(format string, args ...any) { bad(fmt.Sprintf("ports[%d]", j), format, args...) })
-	}
-	if len(peers) == 0 {
-		return rule, problems
-	}
-	rule.peers = &peerList{}
-	for j := range peers {
-		p.peer(rule.peers, i, &peers[j], func(format string, args ...any) { bad(fmt.Sprintf("%s[%d]", field, j), format, args...) })
-	}
-	rule.peers.blocks = disjoint(rule.peers.blocks)
-	return rule, problems
+	return &peerList{selectors: slices.Concat(l.selectors, more.selectors), blocks: disjoint(slices.Concat(l.blocks, more.blocks))}
 }
 
-func (r *parsedRule) port(port *networkingv1.NetworkPolicyPort, bad func(string, ...any)) {
+// portsOf reads a rule's ports, each once; none are any port.
+func portsOf(list []networkingv1.NetworkPolicyPort, at string) (ports []port, problems []string) {
+	if len(list) == 0 {
+		return []port{{}}, nil
+	}
+	for i := range list {
+		p := readPort(&list[i], func(format string, args ...any) {
+			problems = append(problems, fmt.Sprintf("%s[%d]: ", at, i)+fmt.Sprintf(format, args...))
+		})
+		if !slices.Contains(ports, p) {
+			ports = append(ports, p)
+		}
+	}
+	return ports, problems
+}
+
+// peers reads a rule's peers; none are everyone.
+func (p *parsed) peers(rule int, list []networkingv1.NetworkPolicyPeer, at string) (peers *peerList, problems []string) {
+	if len(list) == 0 {
+		return nil, nil
+	}
+	peers = &peerList{}
+	for i := range list {
+		p.peer(peers, rule, &list[i], func(format string, args ...any) {
+			problems = append(problems, fmt.Sprintf("%s[%d]: ", at, i)+fmt.Sprintf(format, args...))
+		})
+	}
+	peers.blocks = disjoint(peers.blocks)
+	return peers, problems
+}
+
+func readPort(p *networkingv1.NetworkPolicyPort, bad func(string, ...any)) port {
 	protocol := corev1.ProtocolTCP
-	if port.Protocol != nil {
-		protocol = *port.Protocol
+	if p.Protocol != nil {
+		protocol = *p.Protocol
 	}
 	if protocol != corev1.ProtocolTCP && protocol != corev1.ProtocolUDP && protocol != corev1.ProtocolSCTP {
 		bad("protocol %q: TCP, UDP and SCTP are known", protocol)
 	}
 	switch {
-	case port.Port == nil:
-		if port.EndPort != nil {
-			bad("endPort %d without port", *port.EndPort)
+	case p.Port == nil:
+		if p.EndPort != nil {
+			bad("endPort %d without port", *p.EndPort)
 		}
-		r.ports = append(r.ports, Port{protocol, 0, 65535})
-	case port.Port.Type == intstr.String:
-		if port.EndPort != nil {
-			bad("endPort %d beside the named port %q: a range needs a number", *port.EndPort, port.Port.StrVal)
+		return port{number: Port{protocol, 0, 65535}}
+	case p.Port.Type == intstr.String:
+		if p.EndPort != nil {
+			bad("endPort %d beside the named port %q: a range needs a number", *p.EndPort, p.Port.StrVal)
 		}
-		r.named = append(r.named, namedPort{port.Port.StrVal, protocol})
-	default:
-		from, to := port.Port.IntVal, port.Port.IntVal
-		if from < 1 || from > 65535 {
-			bad("port %d is not between 1 and 65535", from)
-		}
-		if port.EndPort != nil {
-			to = *port.EndPort
-			if to < from || to > 65535 {
-				bad("endPort %d is not between port %d and 65535", to, from)
-			}
-		}
-		r.ports = append(r.ports, Port{protocol, uint16(from), uint16(to)})
+		return port{named: namedPort{p.Port.StrVal, protocol}}
 	}
+	from, to := p.Port.IntVal, p.Port.IntVal
+	if from < 1 || from > 65535 {
+		bad("port %d is not between 1 and 65535", from)
+	}
+	if p.EndPort != nil {
+		to = *p.EndPort
+		if to < from || to > 65535 {
+			bad("endPort %d is not between port %d and 65535", to, from)
+		}
+	}
+	return port{number: Port{protocol, uint16(from), uint16(to)}}
 }
 
 func (p *parsed) peer(list *peerList, rule int, peer *networkingv1.NetworkPolicyPeer, bad func(string, ...any)) {

@@ -48,41 +48,39 @@ func theRulesOfOnePolicy(rules ...networkingv1.NetworkPolicyIngressRule) []Rule 
 	return x.Local("link").Ingress.Rules
 }
 
-func TestRulesOfAPolicyWithTheSamePortsAreOne(t *testing.T) {
+func TestWhatAPolicysRulesSayOfOnePortIsOneRule(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		rules []networkingv1.NetworkPolicyIngressRule
 		want  []string // origin, ports, members, blocks
 	}{
 		{"the same ports", []networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "80"), anIngressRule("b", "80")},
-			[]string{"team/p ingress 0,1 [80-80] [10.0.0.2 10.0.0.3] []"}},
+			[]string{"team/p ingress 0,1 80-80 [10.0.0.2 10.0.0.3] []"}},
+		{"some ports are the same", []networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "80 81 80"), anIngressRule("b", "81")},
+			[]string{"team/p ingress 0 80-80 [10.0.0.2] []", "team/p ingress 0,1 81-81 [10.0.0.2 10.0.0.3] []"}},
 		{"an address of two pods, each of which another rule has, is in neither", // and with one rule for both it is:
 			[]networkingv1.NetworkPolicyIngressRule{anIngressRule("a", ""), anIngressRule("b", ""), anIngressRule("a b", "81")},
-			[]string{"team/p ingress 0,1 any [10.0.0.2 10.0.0.3] []", "team/p ingress 2 [81-81] [10.0.0.2 10.0.0.3 10.0.0.4] []"}},
+			[]string{"team/p ingress 0,1 any [10.0.0.2 10.0.0.3] []", "team/p ingress 2 81-81 [10.0.0.2 10.0.0.3 10.0.0.4] []"}},
 		{"other ports between them",
 			[]networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "80"), anIngressRule("a", "81"), anIngressRule("b", "80")},
-			[]string{"team/p ingress 0,2 [80-80] [10.0.0.2 10.0.0.3] []", "team/p ingress 1 [81-81] [10.0.0.2] []"}},
+			[]string{"team/p ingress 0,2 80-80 [10.0.0.2 10.0.0.3] []", "team/p ingress 1 81-81 [10.0.0.2] []"}},
 		{"one of them is for everyone",
 			[]networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "80"), anIngressRule("", "80"), anIngressRule("b", "80")},
-			[]string{"team/p ingress 0,1,2 [80-80] everyone"}},
+			[]string{"team/p ingress 0,1,2 80-80 everyone"}},
 		{"no ports are not no rule", []networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "web"), anIngressRule("b", "")},
-			[]string{"team/p ingress 0 [80-80] [10.0.0.2] []", "team/p ingress 1 any [10.0.0.3] []"}},
+			[]string{"team/p ingress 0 80-80 [10.0.0.2] []", "team/p ingress 1 any [10.0.0.3] []"}},
 		{"named ports are the same by name",
 			[]networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "web"), anIngressRule("b", "80"), anIngressRule("b", "web")},
-			[]string{"team/p ingress 0,2 [80-80] [10.0.0.2 10.0.0.3] []", "team/p ingress 1 [80-80] [10.0.0.3] []"}},
+			[]string{"team/p ingress 0,2 80-80 [10.0.0.2 10.0.0.3] []", "team/p ingress 1 80-80 [10.0.0.3] []"}},
 		{"blocks and pods", []networkingv1.NetworkPolicyIngressRule{anIngressRule("192.0.2.0/25", "80"), anIngressRule("b", "80"),
 			anIngressRule("192.0.2.128/25", "80")},
-			[]string{"team/p ingress 0,1,2 [80-80] [10.0.0.3] [192.0.2.0/24]"}},
+			[]string{"team/p ingress 0,1,2 80-80 [10.0.0.3] [192.0.2.0/24]"}},
 	} {
 		var got []string
 		for _, r := range theRulesOfOnePolicy(tt.rules...) {
 			text := r.Origin + " any"
-			if !r.AnyPort {
-				var ports []string
-				for _, p := range r.Ports {
-					ports = append(ports, fmt.Sprintf("%d-%d", p.From, p.To))
-				}
-				text = fmt.Sprintf("%s %v", r.Origin, ports)
+			if r.Port != (Port{}) {
+				text = fmt.Sprintf("%s %d-%d", r.Origin, r.Port.From, r.Port.To)
 			}
 			if r.Peers == nil {
 				got = append(got, text+" everyone")

@@ -43,6 +43,9 @@ func allowed(r *policy.Rule, dirs string, f rule.Family) (out [][]rule.Match) {
 	if g := r.Named; g != nil {
 		return [][]rule.Match{{rule.Protocol{Proto: protocol(g.Protocol)}, rule.InSet{Name: groupSet(g, f), Dirs: "dst,dst"}}}
 	}
+	if r.Port.From > r.Port.To {
+		return nil
+	}
 	for _, peers := range peerMatches(r.Peers, dirs, f) {
 		out = append(out, slices.Concat(portMatches(r.Port), peers))
 	}

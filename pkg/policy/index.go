@@ -636,11 +636,10 @@ func (u *update) guarded(l Local) *Guarded {
 			g.Ingress.Isolated = true
 			for i, rule := range np.rulesIn {
 				if n := np.in[i].on.named; n != (namedPort{}) {
-					number, has := portOf(g.Pod, n.name, n.protocol)
-					if !has {
-						continue
+					rule.Port = Port{n.protocol, 1, 0}
+					if number, has := portOf(g.Pod, n.name, n.protocol); has {
+						rule.Port = Port{n.protocol, number, number}
 					}
-					rule.Port = Port{n.protocol, number, number}
 				}
 				g.Ingress.Rules = append(g.Ingress.Rules, rule)
 			}

@@ -86,6 +86,7 @@ type Rule struct {
 }
 
 // Port is a range of ports of one protocol; 0 to 65535 is the whole protocol, and the zero value every port of every protocol.
+// Where a pod has no port of a rule's name, the range is empty: From is greater than To.
 type Port struct {
 	Protocol corev1.Protocol
 	From, To uint16

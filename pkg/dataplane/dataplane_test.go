@@ -283,6 +283,37 @@ func TestTheFamiliesAreIndependentAndAFailureIsTriedAgain(t *testing.T) {
 	})
 }
 
+// Where nobody is ready yet, peers are filled in while the rules are written.
+func TestNobodyBecomesReadyWithoutPeers(t *testing.T) {
+	nettest.Backends(t, func(t *testing.T, backend string) {
+		inNode(t, backend, func(t *testing.T, p *Plane, _ *nettest.NS) {
+			pod := address(rule.IPv4, 2)
+			pod.Iface = "pod"
+			want := func(peers ...rule.Entry) *rule.State {
+				s := state(rule.IPv4, peers...)
+				s.Sets[1].Entries = []rule.Entry{pod}
+				return s
+			}
+			p.Want(want(address(rule.IPv6, 1))) // which the kernel does not take
+			if _, err := p.Apply(context.Background(), nil); err == nil || !strings.HasPrefix(err.Error(), "IPv4: ") {
+				t.Fatalf("%v, want an error of IPv4 alone", err)
+			}
+			if ready := members(t, rule.ReadySet(rule.IPv4)); len(ready) > 0 {
+				t.Errorf("%v are ready without their peers", ready)
+			}
+			p.Want(want(address(rule.IPv4, 1)))
+			apply(t, p)
+			peers, ready := members(t, peerSet(rule.IPv4)), members(t, rule.ReadySet(rule.IPv4))
+			if len(peers) != 1 || len(ready) != 1 {
+				t.Errorf("tried again, peers are %v and ready are %v, want one each", peers, ready)
+			}
+			if r := apply(t, p); r.Wrote() {
+				t.Errorf("once more: %+v", r)
+			}
+		})
+	})
+}
+
 func TestCleanupLeavesNothingOfOursAndEverythingOfOthers(t *testing.T) {
 	nettest.Backends(t, func(t *testing.T, backend string) {
 		inNode(t, backend, func(t *testing.T, p *Plane, ns *nettest.NS) {

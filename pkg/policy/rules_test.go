@@ -72,6 +72,8 @@ func TestWhatAPolicysRulesSayOfOnePortIsOneRule(t *testing.T) {
 		{"named ports are the same by name",
 			[]networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "web"), anIngressRule("b", "80"), anIngressRule("b", "web")},
 			[]string{"team/p ingress 0,2 80-80 [10.0.0.2 10.0.0.3] []", "team/p ingress 1 80-80 [10.0.0.3] []"}},
+		{"a name that the pod does not have", []networkingv1.NetworkPolicyIngressRule{anIngressRule("a", "metrics")},
+			[]string{"team/p ingress 0 1-0 [10.0.0.2] []"}},
 		{"blocks and pods", []networkingv1.NetworkPolicyIngressRule{anIngressRule("192.0.2.0/25", "80"), anIngressRule("b", "80"),
 			anIngressRule("192.0.2.128/25", "80")},
 			[]string{"team/p ingress 0,1,2 80-80 [10.0.0.3] [192.0.2.0/24]"}},

@@ -12,7 +12,7 @@
 //	                   -i pst+ jumps to POSTERN-FROM, then -o pst+ to POSTERN-TO
 //	POSTERN-FROM       the dispatch tree over the interfaces of isolated pods; where it ends: not isolated (open set), return; drop
 //	POSTERN-FROM-3a    a branch of the tree: the interfaces pst3a…
-//	PST-E-3a…          the egress of one isolated pod: a return for each allowed (peers, ports); last, a drop
+//	PST-E-3a…          the egress of one isolated pod: a return for each (port, peers) that a policy allows; last, a drop
 //	POSTERN-TO, PST-I  the same for ingress
 //	INPUT              jumps to POSTERN-INPUT first
 //	POSTERN-INPUT      from a pod link, for the node's loopback or with a source that is not the pod's: drop

@@ -48,7 +48,7 @@ type peerList struct {
 
 // selector is a peer that selects pods.
 type selector struct {
-	rule       int    // that has it
+	rule       int    // of its policy and direction, in which it stands
 	namespace  string // of the policy, where namespaces is nil
 	namespaces *asked // nil: the policy's namespace alone
 	pods       *asked
@@ -125,14 +125,14 @@ func read(np *networkingv1.NetworkPolicy) (*parsed, []string) {
 		problems = append(problems, "spec.podSelector: "+err.Error()+"; all pods of the namespace are closed")
 	}
 	for i, r := range np.Spec.Ingress {
-		peers, bad := p.peers(i, r.From, fmt.Sprintf("spec.ingress[%d].from", i))
-		ports, worse := portsOf(r.Ports, fmt.Sprintf("spec.ingress[%d].ports", i))
-		p.in, problems = p.with(p.in, "ingress", i, peers, ports), slices.Concat(problems, worse, bad)
+		peers, badPeers := p.peers(i, r.From, fmt.Sprintf("spec.ingress[%d].from", i))
+		ports, badPorts := portsOf(r.Ports, fmt.Sprintf("spec.ingress[%d].ports", i))
+		p.in, problems = p.with(p.in, "ingress", i, peers, ports), slices.Concat(problems, badPorts, badPeers)
 	}
 	for i, r := range np.Spec.Egress {
-		peers, bad := p.peers(i, r.To, fmt.Sprintf("spec.egress[%d].to", i))
-		ports, worse := portsOf(r.Ports, fmt.Sprintf("spec.egress[%d].ports", i))
-		p.out, problems = p.with(p.out, "egress", i, peers, ports), slices.Concat(problems, worse, bad)
+		peers, badPeers := p.peers(i, r.To, fmt.Sprintf("spec.egress[%d].to", i))
+		ports, badPorts := portsOf(r.Ports, fmt.Sprintf("spec.egress[%d].ports", i))
+		p.out, problems = p.with(p.out, "egress", i, peers, ports), slices.Concat(problems, badPorts, badPeers)
 	}
 	if len(problems) > 0 {
 		p.in, p.out = nil, nil
@@ -168,13 +168,13 @@ func (p *parsed) with(list []parsedRule, direction string, i int, peers *peerLis
 			continue
 		}
 		list[at].origin += fmt.Sprintf(",%d", i)
-		list[at].peers = list[at].peers.and(peers)
+		list[at].peers = list[at].peers.plus(peers)
 	}
 	return list
 }
 
-// and returns a list of both; nil, which is everyone, if one is.
-func (l *peerList) and(more *peerList) *peerList {
+// plus returns the peers of both lists; everyone, if that is one of them.
+func (l *peerList) plus(more *peerList) *peerList {
 	if l == nil || more == nil {
 		return nil
 	}

@@ -69,10 +69,13 @@ const (
 	// the time, a pass and what wakes up for it costs more than the change. Records and the plugin wait for nothing.
 	passPause = 25 * time.Millisecond
 	// A reading of the flows takes as long as the table is large, so the pause after it, where nobody waits for the next, is
-	// judgeRest times what it took, and within these.
-	judgeRest     = 100
-	judgePause    = 250 * time.Millisecond
-	judgePauseMax = 500 * time.Millisecond
+	// judgeRest times what it took, and within these: the last where changes come all the time, and judgeOften readings have each
+	// followed the one before within two such pauses.
+	judgeRest      = 100
+	judgePause     = 250 * time.Millisecond
+	judgePauseMax  = 500 * time.Millisecond
+	judgePauseBusy = time.Second
+	judgeOften     = 4
 	// applyLimit is how long one pass may write.
 	applyLimit = 45 * time.Second
 	retryFirst = 100 * time.Millisecond
@@ -111,10 +114,12 @@ type Engine struct {
 	// clean are the ranges of this node whose free addresses have no flows, but for those that are to be judged as gone.
 	clean map[netip.Prefix]bool
 	// suspects are to be judged if something is taken away, unjudged those from whom something was, judged those who have been
-	// judged once; judgedAt is when they were, zero if it failed, and judgeIn how long after that they are judged again.
+	// judged once; judgedAt is when they were, zero if it failed, and judgeIn how long after that they are judged again; judgedInRow
+	// counts the readings that followed each other.
 	suspects, unjudged, judged suspects
 	judgedAt                   time.Time
 	judgeIn                    time.Duration
+	judgedInRow                int
 	portsSeen                  bool
 	compared                   int         // comparisons so far
 	unwatched                  atomic.Bool // the kernel's announcements are not heard

@@ -354,6 +354,41 @@ func TestChangesAfterAnotherAreJudgedTogether(t *testing.T) {
 	})
 }
 
+func TestFlowsAreReadLessOftenWhereChangesComeAllTheTime(t *testing.T) {
+	newScene(t, "nft", func(t *testing.T, s *scene) {
+		change := func(number int, after time.Duration) {
+			t.Helper()
+			s.judgedAt = time.Now().Add(-after)
+			s.replace(admits(1, []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP}[number%2]))
+			s.fail = func(step string) error { // a large table
+				if step == "flows" {
+					time.Sleep(judgePauseBusy / judgeRest)
+				}
+				return nil
+			}
+			s.mustPass(t)
+		}
+		s.mustPass(t)
+		for i := range judgeOften {
+			if change(i, 2*s.judgeIn+time.Second); s.judgeIn != judgePauseMax {
+				t.Fatalf("the pause after change %d, which came after a quiet time, is %s", i, s.judgeIn)
+			}
+		}
+		for i := range judgeOften {
+			want := judgePauseMax
+			if i == judgeOften-1 {
+				want = judgePauseBusy
+			}
+			if change(i, s.judgeIn); s.judgeIn != want {
+				t.Errorf("the pause after change %d right after the pause before is %s, want %s", i, s.judgeIn, want)
+			}
+		}
+		if change(0, 2*s.judgeIn+time.Second); s.judgeIn != judgePauseMax {
+			t.Errorf("the pause after a quiet time is %s again", s.judgeIn)
+		}
+	})
+}
+
 func TestWhoWaitsForWhatIsInForceWaitsForFlowsToBeJudged(t *testing.T) {
 	newScene(t, "nft", func(t *testing.T, s *scene) {
 		n, broken := s.readings()

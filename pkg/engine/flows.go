@@ -19,9 +19,9 @@ import (
 
 // The flows that policies do not allow any more are found by reading the whole conntrack table, which takes milliseconds however
 // few they are. So they are judged together (judge): of a change after a quiet time at once, in its pass, and of what follows
-// within a pause of half a second at most, when that is over. At once, too, where a pass promises that what it wrote is in
-// force, and where our rules themselves may have been away. Who was judged is judged once more by the next reading, for packets
-// that were on their way while the rules changed.
+// within a pause when that is over: half a second at most, and a second where changes come all the time. At once, too, where a pass
+// promises that what it wrote is in force, and where our rules themselves may have been away. Who was judged is judged once more by
+// the next reading, for packets that were on their way while the rules changed.
 
 // suspects are addresses whose live flows may have to end. Those of a change are gathered with it (suspect) and kept until a pass
 // has succeeded. They become unjudged with whatever is taken away in the kernel, also by a write that failed and may have been
@@ -85,7 +85,8 @@ func (e *Engine) tightened(so dataplane.Result, now bool) error {
 // judge ends the flows that are to end of those who are to be judged, once the pause since the last reading is over, or now.
 func (e *Engine) judge(now bool) error {
 	begin := time.Now()
-	pause := begin.Sub(e.judgedAt) >= e.judgeIn
+	since := begin.Sub(e.judgedAt)
+	pause := since >= e.judgeIn
 	if !e.unjudged.some() && !e.judged.some() || !pause && !now {
 		return nil
 	}
@@ -102,7 +103,13 @@ func (e *Engine) judge(now bool) error {
 	}
 	e.judged.add(e.unjudged)
 	e.unjudged, e.judgedAt = newSuspects(), begin
-	e.judgeIn = min(max(judgeRest*time.Since(begin), judgePause), judgePauseMax)
+	longest := judgePauseMax
+	if e.judgedInRow++; since > 2*e.judgeIn {
+		e.judgedInRow = 0
+	} else if e.judgedInRow >= judgeOften {
+		longest = judgePauseBusy
+	}
+	e.judgeIn = min(max(judgeRest*time.Since(begin), judgePause), longest)
 	return nil
 }
 

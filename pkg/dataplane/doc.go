@@ -1,8 +1,8 @@
 // Package dataplane brings the kernel's chains and sets from what they are to what they should be, in an order in which no
 // packet passes on the way that neither state allows:
 //
-//  1. new sets are created and filled, and the set of local addresses grows. Where the kernel has no ready set, nothing passes
-//     before step 7 whoever is missing, and sets of peers are filled during step 3;
+//  1. new sets are created and filled, and the set of local addresses grows. Where the kernel has no ready set, the rules let no
+//     pod's packet pass before step 7, whoever is missing, and sets of peers are filled during step 3;
 //  2. what leaves ready and peer sets is taken out;
 //  3. one iptables-restore a family writes the chains that differ and puts the hooks into their places;
 //  4. what leaves open sets is taken out. The chains lead to those who are isolated before they look into open sets, so both ends
